@@ -1,0 +1,3881 @@
+"""Karna WS: commands, status and broadcasts for browsers, scripts and local assistants.
+
+One process, one asyncio loop, one `websockets.serve` on one port:
+
+    WebSocket  /ws                     raw door: a JSON message a frame
+    WebSocket  /socket.io/?EIO=4       Socket.IO door: the real socket.io-client
+    HTTP       /                       console page, or a JSON index of the doors
+    HTTP       /health /api/status     for monitors and scripts
+    HTTP       /api/execute_command    one command by POST;  /api/notify  one broadcast by POST
+    HTTP       /rpc                    JSON-RPC 2.0 by POST (the raw door speaks it too)
+    HTTP       /metrics                Prometheus text format
+
+The wire formats are RFC 6455 (WebSocket), Engine.IO protocol 4, Socket.IO protocol 5 and
+JSON-RPC 2.0. Requests and answers are described in README.md.
+
+The file reads downhill:
+
+    1 limits        every number with its unit and its reason; Config
+    2 errors        whose fault it is, and the code that says so
+    3 packets       Socket.IO and WebSocket framing: pure functions
+    4 connections   bytes to messages and back: one Connection per socket
+    5 clients       what a peer is once it is in: raw, Socket.IO or HTTP
+    6 manager       WebSocketManager: who is connected, broadcast, history, heartbeat
+    7 dispatch      a message to a method, a command to a task, an error to an answer
+    8 http          who may come in; path to handler
+    9 server        bind, serve, stop
+   10 main          flags and environment to a running server
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import hashlib
+import hmac
+import inspect
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+from base64 import b64encode, urlsafe_b64encode
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast, get_args
+from urllib.parse import parse_qs
+
+from orjson import OPT_NON_STR_KEYS, JSONDecodeError, dumps, loads
+from websockets.asyncio.server import Server as WebSocketServer
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as websockets_serve
+from websockets.asyncio.server import unix_serve as websockets_unix_serve
+from websockets.frames import (
+    BINARY,
+    CONT,
+    TEXT,
+    CloseCode,
+    Frame,
+    apply_mask,  # type: ignore[attr-defined]  # C, or Python where there is no C
+)
+from websockets.http11 import Request as HttpHead
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from services import (
+    Call,
+    Command,
+    CommandProcessor,
+    Context,
+    LanguageService,
+    Monitor,
+    Service,
+    ServiceError,
+    Unavailable,
+    UsageError,
+    VisionService,
+    utc_now,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+__version__ = "1.0.0"
+__all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
+
+log = logging.getLogger("karna_ws")
+
+
+# --- 1 limits ----------------------------------------------------------------------------------
+# What an operator may change is in Config, and every flag, environment variable and `--help` line
+# is made from it. What follows here is fixed, because another value would be wrong.
+
+MAX_HEAD_LINE_BYTES = 8190  # a request line or header line, as nginx and the websockets library
+MAX_HEAD_LINES = 129  # the request line and 128 headers, as the websockets library
+MAX_HEAD_BYTES = 64 * 1024  # all of them together; browsers send below 16 KiB
+MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
+MAX_ATTACHMENTS = 10  # of one Socket.IO packet, as socket.io-parser
+MAX_ACK_DIGITS = 15  # keeps ack ids exact in JavaScript and int() cheap
+MAX_NAMESPACE_BYTES = 255  # longer than any real one
+MAX_JSON_DEPTH = 100  # where we walk a value ourselves (attachments); Python's own limit is 1,000
+MAX_BATCH = 256  # JSON-RPC requests in one message
+MAX_WAITING = 256  # requests of one client that wait for a running command to end...
+MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
+MAX_OFFSET_BYTES = 64  # of a recovery offset sent by a client
+PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
+FLUSH_ANSWERS = 64  # answers joined into one write before it leaves
+FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
+LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut
+SECONDS = "SECONDS"
+BYTES = "BYTES"
+COUNT = "N"
+
+
+def _option(
+    default: Any,
+    help: str,
+    group: str = "limits",
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    low: float = 0,
+    secret: bool = False,
+) -> Any:
+    """A field of Config with what the command line needs to know of it."""
+    metadata = {"help": help, "group": group, "flag": flag, "metavar": metavar, "low": low}
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of `serve()`, of the command line and of the environment.
+
+    Raises ValueError, in one line that names the option, for a value that can't be used.
+    """
+
+    host: str = _option("127.0.0.1", "address to listen on", "where", metavar="ADDRESS")
+    port: int = _option(8000, "TCP port; 0 picks a free one", "where")
+    unix: str | None = _option(
+        None, "listen on a Unix socket instead of TCP", "where", metavar="PATH"
+    )
+    certfile: str | None = _option(
+        None, "TLS certificate chain (PEM); makes it https and wss", "where", metavar="PATH"
+    )
+    keyfile: str | None = _option(
+        None, "TLS private key (PEM), if not in the certificate's file", "where", metavar="PATH"
+    )
+    reuse_port: bool = _option(False, "let several processes share the port", "where")
+
+    token: str | None = _option(
+        None, "secret that every client must present", "who", metavar="TOKEN", secret=True
+    )
+    allow_origin: tuple[str, ...] = _option(
+        (), "origin of web pages that may connect, such as https://app.example", "who",
+        metavar="ORIGIN",
+    )  # fmt: skip
+    allow_host: tuple[str, ...] = _option(
+        (), "host name this server is reached by, such as karna.example", "who", metavar="NAME"
+    )
+    insecure_no_token: bool = _option(
+        False, "listen beyond this machine without a token: anyone who reaches it may command it",
+        "who",
+    )  # fmt: skip
+
+    max_clients: int = _option(1000, "clients connected at a time", metavar=COUNT, low=1)
+    max_message_bytes: int = _option(
+        1024 * 1024, "longest WebSocket message", flag="max-message", metavar=BYTES, low=128
+    )
+    max_body_bytes: int = _option(
+        1024 * 1024, "longest HTTP body", flag="max-body", metavar=BYTES, low=2
+    )
+    max_running_commands: int = _option(
+        32, "commands of one client that run at a time; more wait", metavar=COUNT, low=1
+    )
+    max_unsent_bytes: int = _option(
+        1024 * 1024, "bytes a slow client may leave unread before it is dropped",
+        flag="max-unsent", metavar=BYTES, low=1024,
+    )  # fmt: skip
+    command_timeout_s: float = _option(
+        60.0, "longest a command may run", flag="command-timeout", metavar=SECONDS, low=0.001
+    )
+    open_timeout_s: float = _option(
+        10.0, "longest a handshake or an HTTP request may take to arrive",
+        flag="open-timeout", metavar=SECONDS, low=0.001,
+    )  # fmt: skip
+    close_timeout_s: float = _option(
+        10.0, "longest to wait for a peer to close", flag="close-timeout", metavar=SECONDS,
+        low=0.001,
+    )  # fmt: skip
+    grace_s: float = _option(
+        5.0, "longest running commands may go on at shutdown", flag="grace", metavar=SECONDS
+    )
+
+    ping_interval_s: float | None = _option(
+        None, "seconds between heartbeats (default: raw door 20, Socket.IO door 25)", "heartbeat",
+        flag="ping-interval", metavar=SECONDS, low=0.01,
+    )  # fmt: skip
+    ping_timeout_s: float = _option(
+        20.0, "silence after a heartbeat that drops a client", "heartbeat",
+        flag="ping-timeout", metavar=SECONDS, low=0.01,
+    )  # fmt: skip
+    connect_timeout_s: float = _option(
+        45.0, "longest a Socket.IO client may take to join a namespace", "heartbeat",
+        flag="connect-timeout", metavar=SECONDS, low=0.01,
+    )  # fmt: skip
+    namespaces: tuple[str, ...] = _option(
+        (), "Socket.IO namespace to serve besides /, /ws and /ws/", "heartbeat",
+        flag="namespace", metavar="NAME",
+    )  # fmt: skip
+
+    history_messages: int = _option(
+        1000, "broadcasts kept for clients that reconnect; 0 turns it off", "recovery",
+        metavar=COUNT,
+    )  # fmt: skip
+    history_bytes: int = _option(
+        4 * 1024 * 1024, "bytes of broadcasts kept for them", "recovery", metavar=BYTES
+    )
+    recovery: bool = _option(
+        True, "Socket.IO connection state recovery (--no-recovery turns it off)", "recovery"
+    )
+    backplane: str | None = _option(
+        None, "share broadcasts with other processes, such as redis://host:6379", "recovery",
+        metavar="URL", secret=True,
+    )  # fmt: skip
+    loop: str = _option(
+        "auto", "event loop: auto (uvloop if installed), asyncio or uvloop", "run", metavar="NAME"
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            self._check(option.name, option.metadata["low"])
+        if self.loop not in ("auto", "asyncio", "uvloop"):
+            raise ValueError(f"loop must be auto, asyncio or uvloop, not {self.loop!r}")
+        if self.port > 65535:
+            raise ValueError(f"port must be 65535 at most, not {self.port}")
+        if self.keyfile and not self.certfile:
+            raise ValueError("keyfile needs certfile")
+        if self.token is not None and not self.token.strip():
+            raise ValueError("token must not be empty")
+        for origin in self.allow_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"allow_origin must look like https://app.example, without a path: {origin!r}"
+                )
+        for name in self.namespaces:
+            if not name.startswith("/") or "," in name or len(name) > MAX_NAMESPACE_BYTES:
+                raise ValueError(f"namespace must start with / and hold no comma: {name!r}")
+
+    def _check(self, name: str, low: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        if not math.isfinite(value) or value < low:
+            raise ValueError(f"{name} must be {low:g} or more, not {value}")
+
+    @property
+    def raw_ping_interval_s(self) -> float:
+        """Seconds between WebSocket pings: 20, as the websockets library."""
+        return 20.0 if self.ping_interval_s is None else self.ping_interval_s
+
+    @property
+    def engine_ping_interval_s(self) -> float:
+        """Seconds between Engine.IO pings: 25, as socket.io."""
+        return 25.0 if self.ping_interval_s is None else self.ping_interval_s
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
+
+
+# --- 2 errors ----------------------------------------------------------------------------------
+# Blame decides the type. The peer broke a wire format: BadPacket, and its session ends. The peer
+# asked for something that can't be had: Refused, and it gets an answer. A command or service
+# failed: services.ServiceError, and it gets an answer. We can't start: StartError, exit code 2.
+# Anything else is our own fault: it is logged with its traceback and answered without one.
+
+
+class BadPacket(Exception):
+    """The peer broke the Socket.IO or Engine.IO protocol; the caller closes the session."""
+
+
+class Refused(Exception):
+    """A request is answered with an error: `code` for programs, the message for people.
+
+    `status` is used where the answer is an HTTP response, `headers` go with it.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        **data: Any,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status if status is not None else HTTP_STATUS.get(code, 500)
+        self.headers = dict(headers or {})
+        self.data = data
+
+
+class StartError(Exception):
+    """The server can't start; the message is one line that names the mend."""
+
+
+HTTP_STATUS = {
+    "invalid_json": 400,
+    "invalid_request": 400,
+    "invalid_params": 400,
+    "usage": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "unknown_method": 404,
+    "unknown_command": 404,
+    "cancelled": 409,
+    "too_large": 413,
+    "command_failed": 500,
+    "internal_error": 500,
+    "unavailable": 503,
+    "timeout": 504,
+}
+
+
+# --- 3 packets ---------------------------------------------------------------------------------
+# Pure functions: no await, no logging, no state. All of them take and give bytes, because that is
+# what the socket has and what orjson reads and writes fastest.
+
+
+class PacketType(IntEnum):
+    """Socket.IO protocol 5, "Packet types"."""
+
+    CONNECT = 0
+    DISCONNECT = 1
+    EVENT = 2
+    ACK = 3
+    CONNECT_ERROR = 4
+    BINARY_EVENT = 5
+    BINARY_ACK = 6
+
+
+BINARY_TYPES = {PacketType.BINARY_EVENT, PacketType.BINARY_ACK}
+RESERVED_EVENTS = {
+    "connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener",
+}  # fmt: skip
+
+
+class Packet(NamedTuple):
+    """One Socket.IO packet; `attachments` binary frames follow it."""
+
+    type: PacketType
+    namespace: str = "/"
+    data: Any = None
+    ack: int | None = None
+    attachments: int = 0
+
+
+_PACKET = re.compile(
+    rb"(?P<type>[0-6])"
+    rb"(?:(?P<attachments>\d+)-)?"
+    rb"(?P<namespace>/[^,]*(?:,|\Z))?"
+    rb"(?P<ack>\d+)?"
+    rb"(?P<data>.*)",
+    re.DOTALL,
+)
+
+
+def decode_packet(text: bytes) -> Packet:
+    """Parse one Socket.IO packet, such as b'2/chat,7["move",1]'.
+
+    Attachments arrive as later binary frames; `Packet.attachments` says how many.
+    Raises BadPacket (the peer's fault: the caller closes the session).
+    Source: Socket.IO protocol 5, "Packet encoding".
+    """
+    match = _PACKET.fullmatch(text)
+    if match is None:
+        raise BadPacket("unknown packet type")
+    kind = PacketType(int(match["type"]))
+    return Packet(
+        kind,
+        _decode_namespace(match["namespace"]),
+        _decode_data(kind, match["data"]),
+        _decode_ack(kind, match["ack"]),
+        _decode_attachments(kind, match["attachments"]),
+    )
+
+
+def _decode_namespace(text: bytes | None) -> str:
+    if text is None:
+        return "/"
+    if len(text) > MAX_NAMESPACE_BYTES:
+        raise BadPacket("namespace is too long")
+    try:
+        return text.rstrip(b",").decode()
+    except UnicodeDecodeError:
+        raise BadPacket("namespace is not UTF-8") from None
+
+
+def _decode_ack(kind: PacketType, digits: bytes | None) -> int | None:
+    if digits is None:
+        if kind in (PacketType.ACK, PacketType.BINARY_ACK):
+            raise BadPacket("ack without an id")
+        return None
+    if len(digits) > MAX_ACK_DIGITS:
+        raise BadPacket("ack id is too long")
+    return int(digits)
+
+
+def _decode_attachments(kind: PacketType, digits: bytes | None) -> int:
+    if (digits is not None) != (kind in BINARY_TYPES):
+        raise BadPacket("illegal attachments")
+    # Length first: int() of a million digits would cost the loop seconds.
+    if digits is not None and (len(digits) > 2 or int(digits) > MAX_ATTACHMENTS):
+        raise BadPacket("too many attachments")
+    return int(digits or 0)
+
+
+def _decode_data(kind: PacketType, text: bytes) -> Any:
+    try:
+        data = loads(text) if text else None
+    except JSONDecodeError:
+        raise BadPacket("invalid payload") from None
+    if not _DATA_RULES[kind](data):
+        raise BadPacket("invalid payload")
+    return data
+
+
+def _is_event(data: Any) -> bool:
+    if not isinstance(data, list) or not data:
+        return False
+    name = data[0]
+    return type(name) is int or (isinstance(name, str) and name not in RESERVED_EVENTS)
+
+
+_DATA_RULES: dict[PacketType, Callable[[Any], bool]] = {
+    PacketType.CONNECT: lambda data: data is None or isinstance(data, dict),
+    PacketType.DISCONNECT: lambda data: data is None,
+    PacketType.EVENT: _is_event,
+    PacketType.ACK: lambda data: isinstance(data, list),
+    PacketType.CONNECT_ERROR: lambda data: isinstance(data, dict),
+    PacketType.BINARY_EVENT: _is_event,
+    PacketType.BINARY_ACK: lambda data: isinstance(data, list),
+}
+
+
+def encode_packet(packet: Packet) -> list[bytes]:
+    """One Socket.IO packet as its text and, behind it, its attachments.
+
+    Bytes anywhere in `data` become attachments and turn an event or ack into its binary kind.
+    Raises TypeError or ValueError for data that JSON has no form for.
+    """
+    attachments: list[bytes] = []
+    kind, data = packet.type, packet.data
+    if kind in _BINARY_KIND:
+        data = _extract_attachments(data, attachments)
+        if attachments:
+            kind = _BINARY_KIND[kind]
+    text = b"%d" % kind
+    if attachments:
+        text += b"%d-" % len(attachments)
+    text += encode_namespace(packet.namespace)
+    if packet.ack is not None:
+        text += b"%d" % packet.ack
+    if data is not None:
+        text += encode_json(data)
+    return [text, *attachments]
+
+
+_BINARY_KIND = {
+    PacketType.EVENT: PacketType.BINARY_EVENT,
+    PacketType.ACK: PacketType.BINARY_ACK,
+    PacketType.BINARY_EVENT: PacketType.BINARY_EVENT,
+    PacketType.BINARY_ACK: PacketType.BINARY_ACK,
+}
+
+
+def encode_namespace(name: str) -> bytes:
+    """The namespace part of a packet: nothing for '/', else b'/name,'."""
+    return b"" if name == "/" else name.encode() + b","
+
+
+def _extract_attachments(value: Any, found: list[bytes], depth: int = 0) -> Any:
+    """A copy of `value` with placeholders for bytes, which are appended to `found`."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        found.append(bytes(value))
+        return {"_placeholder": True, "num": len(found) - 1}
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError("value is nested too deeply")
+    if isinstance(value, list | tuple):
+        return [_extract_attachments(item, found, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {key: _extract_attachments(item, found, depth + 1) for key, item in value.items()}
+    return value
+
+
+def insert_attachments(value: Any, attachments: Sequence[bytes], depth: int = 0) -> Any:
+    """A copy of `value` with its placeholders replaced by `attachments`; undoes encode_packet.
+
+    Raises BadPacket for a placeholder without its attachment, or deep nesting.
+    """
+    if depth > MAX_JSON_DEPTH:
+        raise BadPacket("payload is nested too deeply")
+    if isinstance(value, list):
+        return [insert_attachments(item, attachments, depth + 1) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("_placeholder") is not True:
+        return {
+            key: insert_attachments(item, attachments, depth + 1) for key, item in value.items()
+        }
+    number = value.get("num")
+    if type(number) is not int or not 0 <= number < len(attachments):
+        raise BadPacket("illegal attachments")
+    return attachments[number]
+
+
+def encode_json(value: Any) -> bytes:
+    """`value` as JSON in UTF-8; keys that are numbers, dates or None become strings.
+
+    Raises TypeError for what JSON has no form for: bytes, lone surrogates, integers beyond
+    64 bits, nesting beyond 254.
+    """
+    try:
+        return dumps(value)
+    except TypeError:  # orjson's JSONEncodeError is one
+        return dumps(value, option=OPT_NON_STR_KEYS)
+
+
+_SHORT_TEXT_HEADS = [bytes((0x81, size)) for size in range(126)]
+
+
+def frame_text(payload: bytes) -> bytes:
+    """One unmasked, final WebSocket text frame (RFC 6455, 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return _SHORT_TEXT_HEADS[size] + payload
+    return _long_head(0x81, size) + payload
+
+
+def frame_binary(payload: bytes) -> bytes:
+    """One unmasked, final WebSocket binary frame (RFC 6455, 5.2)."""
+    size = len(payload)
+    return (bytes((0x82, size)) if size < 126 else _long_head(0x82, size)) + payload
+
+
+def _long_head(first: int, size: int) -> bytes:
+    if size < 65536:
+        return bytes((first, 126)) + size.to_bytes(2, "big")
+    return bytes((first, 127)) + size.to_bytes(8, "big")
+
+
+PING_FRAME = b"\x89\x00"  # WebSocket ping, for the raw door
+ENGINE_PING_FRAME = frame_text(b"2")  # Engine.IO ping, for the Socket.IO door
+
+
+
+# --- 4 connections -----------------------------------------------------------------------------
+# A Connection owns its socket's bytes: the HTTP head, then WebSocket frames. Whole, final, masked
+# data frames take the fast lane: they are unmasked and handled on the spot, and the answers of
+# one read leave in one write. Every other frame goes, whole, to the websockets library, which
+# knows the rest of RFC 6455. The library's own machinery (a task, a queue and two futures per
+# client) is bypassed; the names of its that we rely on without a promise are gathered here, and
+# `test_library_has_the_private_names_we_use` says so when a release changes them.
+#
+#   Connection.__init__(protocol, server, ...), .loop, .transport, .connection_lost_waiter
+#   ServerProtocol.receive_data, receive_eof, events_received, data_to_send, accept, send_response,
+#   send_close, fail, state, eof_sent, current_size       Frame.opcode, .data, .fin
+
+
+class Phase(Enum):
+    """Where a socket is in its life; what arrives is read accordingly."""
+
+    HEAD = "head"  # the HTTP head is arriving
+    BODY = "body"  # the body of a POST is arriving
+    ANSWERING = "answering"  # an HTTP answer is being made
+    OPEN = "open"  # WebSocket frames
+    CLOSING = "closing"  # a close frame or HTTP answer is out; the peer may still read
+    CLOSED = "closed"
+
+
+# Reasons not to read a client, as bits.
+HOLD_WRITES = 1  # it does not read: its answers pile up
+HOLD_CALLS = 2  # too many of its requests wait for running commands
+HOLD_CONNECT = 4  # its connect handler is still deciding
+HOLD_CLOSED = 8  # nothing that still arrives counts
+
+NEVER = math.inf
+
+
+class Connection(ServerConnection):
+    """One socket, from its HTTP head to its close."""
+
+    # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
+    __slots__ = (
+        "_answers",
+        "_drained",
+        "_expected",
+        "_holds",
+        "_need",
+        "_parts",
+        "_parts_are_text",
+        "_tail",
+        "allowance",
+        "deadline",
+        "door",
+        "head",
+        "heard",
+        "manager",
+        "name",
+        "next_ping",
+        "origin",
+        "phase",
+        "pinged_at",
+        "waiting",
+        "waiting_bytes",
+    )  # fmt: skip
+
+    def __init__(
+        self, manager: WebSocketManager, protocol: ServerProtocol, server: WebSocketServer,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(protocol, server, **options)
+        self.manager = manager
+        self.name = manager.next_name()
+        self.door: Door | None = None
+        self.phase = Phase.HEAD
+        self.deadline = self.loop.time() + manager.config.open_timeout_s
+        self.heard = True
+        self.next_ping = NEVER
+        self.pinged_at: float | None = None
+        self.head: Any = None  # while an HTTP request is read and answered: its head
+        self.origin: str | None = None  # the allowed origin that a CORS answer names
+        self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
+        self.waiting = 0  # requests, all namespaces together, that wait for a command to end
+        self.waiting_bytes = 0
+        self._answers: list[bytes] | None = None  # a list while a read is being handled
+        self._drained: asyncio.Future[None] | None = None
+        self._expected = 0  # bytes of the HTTP body
+        self._holds = 0
+        self._tail: bytearray | None = None  # what arrived of the next frame, head or body
+        self._need = 0  # bytes that `_tail` must have before another look at it is worth while
+        self._parts: list[bytes] | None = None  # of a fragmented message
+        self._parts_are_text = False
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Not super(): it would start the library's handler task.
+        self.transport = cast(asyncio.Transport, transport)
+        self.manager.adopt(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = True
+        self.manager.bytes_in += len(data)
+        if self._tail is not None:
+            self._tail += data
+            if len(self._tail) < self._need or self._head_is_partial(len(data)):
+                return
+            data, self._tail = bytes(self._tail), None
+        if self.phase is Phase.OPEN:
+            self._read_frames(data)
+        else:
+            _READERS[self.phase](self, data)
+
+    def _head_is_partial(self, arrived: int) -> bool:
+        """Can't the bytes that just arrived have ended the HTTP head?"""
+        if self.phase is not Phase.HEAD or self._tail is None:
+            return False
+        looked_at = max(0, len(self._tail) - arrived - 3)
+        is_whole = self._tail.find(b"\r\n\r\n", looked_at) >= 0
+        return not is_whole and len(self._tail) <= MAX_HEAD_BYTES
+
+    def eof_received(self) -> None:
+        self._begin_closing()
+        if self._is_websocket:
+            self.protocol.receive_eof()
+            self._send_library_data()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.phase in (Phase.OPEN, Phase.ANSWERING) and self.door is not None:
+            self.door.leave()
+        self.phase = Phase.CLOSED
+        self.deadline = NEVER
+        self._holds = HOLD_CLOSED
+        self._tail = self._parts = None
+        self.manager.release(self)
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if not self.connection_lost_waiter.done():
+            self.connection_lost_waiter.set_result(None)
+
+    def pause_writing(self) -> None:
+        self.hold(HOLD_WRITES)
+
+    def resume_writing(self) -> None:
+        self.allowance = 0
+        self.release(HOLD_WRITES)
+        if self._drained is not None:
+            self._drained.set_result(None)
+            self._drained = None
+
+    def keep(self, data: bytes, need: int = 0) -> None:
+        """Keep what has arrived of something until it has `need` bytes."""
+        if data:
+            self._tail = bytearray(data)
+            self._need = need
+
+    @property
+    def has_tail(self) -> bool:
+        """Has something arrived that is not whole yet?"""
+        return self._tail is not None
+
+    # Frames to messages.
+
+    def _read_frames(self, data: bytes) -> None:
+        """Handle every whole frame in `data`, keep the rest; one write for all answers."""
+        assert self.door is not None
+        receive = self.door.receive
+        answers = self._answers = []
+        limit = self.manager.config.max_message_bytes
+        position, end, need, messages = 0, len(data), 0, 0
+        while not self._holds:
+            available = end - position
+            if available < 2:
+                need = 2
+                break
+            first, second = data[position], data[position + 1]
+            if 128 <= second < 254:  # the mask bit, and a length of up to 125
+                body = position + 6
+                stop = body + second - 128
+            elif second < 128:  # not masked
+                body, stop = 0, -1
+            else:
+                size_bytes = 2 if second == 254 else 8
+                if available < 2 + size_bytes:
+                    need = 2 + size_bytes
+                    break
+                body = position + 6 + size_bytes
+                stop = body + int.from_bytes(data[position + 2 : position + 2 + size_bytes], "big")
+            if (first == 0x81 or first == 0x82) and self._parts is None:
+                if not body <= stop <= body + limit:
+                    return self._fail_slowly(data[position:])
+                if stop > end:
+                    need = stop - position
+                    break
+                payload = apply_mask(data[body:stop], data[body - 4 : body])
+                position = stop
+                messages += 1
+                try:
+                    answer = receive(payload, first == 0x81)
+                except Exception as exc:
+                    self._receive_failed(payload, first == 0x81, exc)
+                else:
+                    if answer is not None:
+                        answers.append(frame_text(answer))
+                        if len(answers) >= FLUSH_ANSWERS:
+                            self._flush_answers()
+                            answers = self._answers = []
+            else:
+                if stop < 0 or self._is_doomed(first, stop - body):
+                    return self._fail_slowly(data[position:])
+                if stop > end:
+                    need = stop - position
+                    break
+                self._feed_library(data[position:stop])
+                position = stop
+        self.manager.messages_in += messages
+        self._flush_answers()
+        if self.phase is not Phase.OPEN:
+            self._read_late(data[position:])
+        elif position < end:
+            self._tail = bytearray(memoryview(data)[position:])
+            self._need = sys.maxsize if self._holds else need
+
+    def _is_doomed(self, first: int, size: int) -> bool:
+        """Will the library fail the connection for this frame, whatever its payload?"""
+        opcode = first & 0x0F
+        if opcode >= 8:
+            return first & 0xF0 != 0x80 or opcode > 10 or size > 125
+        limit = self.manager.config.max_message_bytes - (self.protocol.current_size or 0)
+        return first & 0x70 != 0 or opcode > 2 or size > limit
+
+    def _fail_slowly(self, data: bytes) -> None:
+        """Let the library see a frame that it will refuse, byte by byte as it arrives."""
+        self._flush_answers()
+        self._begin_closing()
+        self._read_late(data)
+
+    def _read_late(self, data: bytes) -> None:
+        """What arrives once we are closing: only the library's close handshake matters."""
+        if data and self._is_websocket and not self.protocol.reader.eof:
+            self.protocol.receive_data(data)
+            self.protocol.events_received()
+            self._send_library_data()
+
+    def _feed_library(self, frame: bytes) -> None:
+        self.protocol.receive_data(frame)
+        for event in self.protocol.events_received():
+            if isinstance(event, Frame) and event.opcode in (TEXT, BINARY, CONT):
+                self._assemble(event)
+        self._send_library_data()
+
+    def _assemble(self, frame: Frame) -> None:
+        """Collect the fragments of a message; handle it when it is whole."""
+        if self._parts is None:
+            self._parts = []
+            self._parts_are_text = frame.opcode is TEXT
+        if len(self._parts) >= MAX_FRAGMENTS:
+            return self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+        self._parts.append(bytes(frame.data))
+        if frame.fin:
+            payload, self._parts = b"".join(self._parts), None
+            self.manager.messages_in += 1
+            self._handle_message(payload, self._parts_are_text)
+
+    def _handle_message(self, payload: bytes, is_text: bool) -> None:
+        assert self.door is not None
+        try:
+            answer = self.door.receive(payload, is_text)
+        except Exception as exc:
+            self._receive_failed(payload, is_text, exc)
+        else:
+            if answer is not None:
+                self.send_frame(frame_text(answer))
+
+    def _receive_failed(self, payload: bytes, is_text: bool, exc: Exception) -> None:
+        """Text that is not UTF-8 ends the connection (RFC 6455, 8.1); a bug of ours does not."""
+        try:
+            if is_text:
+                payload.decode()
+        except UnicodeDecodeError as bad:
+            self._fail(CloseCode.INVALID_DATA, f"{bad.reason} at position {bad.start}")
+        else:
+            self.manager.log_error(f"{self.name} message failed", exc)
+            self.send_frame(frame_text(INTERNAL_ERROR))
+
+    def _fail(self, code: CloseCode, reason: str) -> None:
+        if self.protocol.state is State.OPEN:
+            self.protocol.fail(code, reason)
+        self._send_library_data()
+
+    # Messages to frames.
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send one or more frames: after the answers of the present read, or at once.
+
+        Never waits. A client whose unsent bytes are over its limit gets no more: it is dropped.
+        """
+        if self._answers is not None and self.phase is Phase.OPEN:
+            self._answers.append(frame)
+        elif self._holds & HOLD_WRITES and self.unsent > self.max_unsent:
+            self.manager.drop_slow(self)
+        elif self.phase is Phase.OPEN:
+            self.manager.messages_out += 1
+            self.manager.bytes_out += len(frame)
+            self.transport.write(frame)
+
+    def allow(self, size: int) -> None:
+        """What the client missed is about to be written: that much more may be unsent."""
+        self.allowance += size
+
+    @property
+    def max_unsent(self) -> int:
+        """Bytes that may be unsent before the client counts as too slow."""
+        return self.manager.config.max_unsent_bytes + self.allowance
+
+    @property
+    def unsent(self) -> int:
+        """Bytes written to this client that its socket has not taken."""
+        return self.transport.get_write_buffer_size()
+
+    @property
+    def is_writable(self) -> bool:
+        """Does the client read as fast as we write?"""
+        return not self._holds & HOLD_WRITES
+
+    async def drained(self) -> None:
+        """Wait while the client reads more slowly than we write to it."""
+        if self._holds & HOLD_WRITES and self.phase is Phase.OPEN:
+            if self._drained is None:
+                self._drained = self.loop.create_future()
+            await asyncio.shield(self._drained)
+
+    def _flush_answers(self) -> None:
+        answers, self._answers = self._answers, None
+        if answers:
+            joined = answers[0] if len(answers) == 1 else b"".join(answers)
+            self.manager.messages_out += len(answers)
+            self.manager.bytes_out += len(joined)
+            self.transport.write(joined)
+
+    def _send_library_data(self) -> None:
+        """Write what the library has to say, behind our own answers; follow it into closing."""
+        pieces = self.protocol.data_to_send()
+        if self.protocol.state is State.OPEN:
+            if pieces:  # pongs, which keep their place among the answers
+                self.send_frame(b"".join(pieces))
+            return
+        self._flush_answers()
+        if pieces:
+            self.transport.write(b"".join(pieces))
+        self._begin_closing()
+        if self.protocol.eof_sent and pieces and not pieces[-1]:
+            self._half_close()
+
+    def _half_close(self) -> None:
+        """Say that nothing more comes; the peer's own end closes the socket, or the deadline."""
+        try:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            else:  # TLS
+                self.transport.close()
+        except (OSError, RuntimeError):
+            self.transport.abort()  # the peer is gone already
+
+    # Back-pressure.
+
+    def hold(self, reason: int) -> None:
+        """Stop reading this client, for one of the HOLD_ reasons."""
+        if not self._holds and not self.transport.is_closing():
+            self.transport.pause_reading()
+        self._holds |= reason
+
+    def release(self, reason: int) -> None:
+        """Undo `hold`; reading goes on when no reason is left."""
+        if not self._holds & reason:
+            return
+        self._holds &= ~reason
+        if not self._holds and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._need = 0
+            # Not now: the caller may be in the middle of handling another message.
+            self.loop.call_soon(self._read_held)
+
+    def _read_held(self) -> None:
+        if self._tail is not None and not self._holds and self.phase is Phase.OPEN:
+            self.data_received(b"")
+
+    # Heartbeat and closing.
+
+    def open(self, door: Door, ping_interval_s: float) -> None:
+        """The handshake is done: from here on `door` gets the messages."""
+        self.door = door
+        self.phase = Phase.OPEN
+        self.next_ping = self.deadline = self.loop.time() + ping_interval_s
+
+    def on_deadline(self, now: float) -> None:
+        """Called by the manager's sweep when `deadline` has passed."""
+        if self.phase is Phase.OPEN:
+            assert self.door is not None
+            self.door.on_deadline(now)
+        elif self.phase in (Phase.HEAD, Phase.BODY):
+            refuse_late_request(self)
+        else:
+            self.transport.abort()
+
+    def heartbeat(self, now: float, interval_s: float, frame: bytes) -> None:
+        """Ping when it is time, drop the peer when the last ping met only silence."""
+        timeout_s = self.manager.config.ping_timeout_s
+        if self.heard or self._holds & ~HOLD_WRITES:  # while we don't read it, we can't hear it
+            self.pinged_at = None
+        if self.pinged_at is not None and now >= self.pinged_at + timeout_s:
+            self.manager.count_drop(self, "silent")
+            self.close(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
+            return self.transport.abort()
+        if now >= self.next_ping:
+            self.next_ping = now + interval_s
+            self.heard = False
+            if self.pinged_at is None:
+                self.pinged_at = now
+            self.send_frame(frame)
+        silence = NEVER if self.pinged_at is None else self.pinged_at + timeout_s
+        self.deadline = min(self.next_ping, silence)
+
+    def close(self, code: int, reason: str = "") -> None:  # type: ignore[override]
+        """Start the closing handshake; the socket is cut if the peer does not answer in time."""
+        if self.phase is Phase.OPEN and self.protocol.state is State.OPEN:
+            # 125 bytes hold the code and a reason of 123 (RFC 6455, 5.5).
+            self.protocol.send_close(code, reason.encode()[:123].decode(errors="ignore"))
+            self._send_library_data()
+
+    def _begin_closing(self) -> None:
+        if self.phase is Phase.OPEN:
+            assert self.door is not None
+            self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
+            self.door.leave()
+            self.deadline = self.loop.time() + self.manager.config.close_timeout_s
+            if self._holds and not self.transport.is_closing():
+                self.transport.resume_reading()  # for the peer's own close frame
+            self._holds |= HOLD_CLOSED
+            tail, self._tail = self._tail, None
+            if tail:
+                self._read_late(bytes(tail))
+
+    @property
+    def _is_websocket(self) -> bool:
+        return self.protocol.state is not State.CONNECTING
+
+
+_READERS: dict[Phase, Callable[[Connection, bytes], None]] = {
+    Phase.HEAD: lambda connection, data: read_head(connection, data),
+    Phase.BODY: lambda connection, data: read_body(connection, data),
+    Phase.ANSWERING: lambda connection, data: None,  # a pipelined request: one a socket is served
+    Phase.CLOSING: Connection._read_late,
+    Phase.CLOSED: lambda connection, data: None,
+}
+
+
+# --- 5 clients ---------------------------------------------------------------------------------
+# What a peer is once it is in. A door turns messages into requests and answers into messages;
+# a client is who asked. On the raw door and over HTTP one object is both. A Socket.IO session is
+# a door with one client for each namespace it has joined.
+
+
+class Door:
+    """What a Connection hands its messages to."""
+
+    __slots__ = ()
+
+    def receive(self, payload: bytes, is_text: bool) -> bytes | None:
+        """Handle one message; the text to send now, if any. May raise: the message is answered."""
+        raise NotImplementedError
+
+    def on_deadline(self, now: float) -> None:
+        """The connection's deadline has passed: heartbeat, or time-outs of the door's own."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """The connection closes: cancel what runs for it."""
+        raise NotImplementedError
+
+
+class Client:
+    """One peer, as commands, handlers and embedding programs see it.
+
+    `id` names it in logs; `door` is "raw", "socket.io" or "http"; `auth` is what a Socket.IO client
+    gave when it connected.
+    """
+
+    __slots__ = ("__weakref__", "auth", "calls", "connection", "id", "manager")
+    door: ClassVar[str] = ""
+    namespace = "/"
+
+    def __init__(self, connection: Connection, id: str) -> None:
+        self.connection = connection
+        self.manager = connection.manager
+        self.id = id
+        self.auth: dict[str, Any] = {}
+        self.calls: Calls | None = None  # made when the first command does not end at once
+
+    async def send(self, type: str, data: Any) -> None:
+        """Send one envelope; wait while the client reads more slowly than it is written to."""
+        self.deliver(encode_json({"type": type, "data": data}), None)
+        await self.connection.drained()
+
+    async def emit(self, event: str, *args: Any) -> None:
+        """Send a Socket.IO event; to a raw client, an envelope of that type.
+
+        Raises TypeError for arguments that can't be encoded.
+        """
+        await self.send(event, args[0] if len(args) == 1 else list(args))
+
+    async def disconnect(self, reason: str = "") -> None:
+        """Close this client's connection."""
+        self.connection.close(CloseCode.NORMAL_CLOSURE, reason)
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        """Send one encoded envelope: as the ack of that id, or as a message."""
+        raise NotImplementedError
+
+    def encode_special(self, envelope: dict[str, Any], ack: int | None) -> bool:
+        """Send an answer that JSON can't hold in a form of the door's own, if it has one."""
+        return False
+
+    def cancel_calls(self) -> None:
+        """The client is gone: cancel its running commands, forget its waiting ones."""
+        if self.calls is not None:
+            self.calls.abandon()
+
+
+class RawClient(Client, Door):
+    """The raw door: each message is a JSON request or answer."""
+
+    __slots__ = ()
+    door = "raw"
+
+    def receive(self, payload: bytes, is_text: bool) -> bytes | None:
+        try:
+            message = loads(payload)
+        except JSONDecodeError:
+            if is_text:
+                payload.decode()  # UnicodeDecodeError: the connection ends with 1007
+            return refuse_json()
+        if type(message) is dict and "jsonrpc" not in message:
+            return handle_request(Request(self, message.get("id"), None, len(payload)), message)
+        return handle_other(self, message, len(payload))
+
+    def on_deadline(self, now: float) -> None:
+        interval_s = self.manager.config.raw_ping_interval_s
+        self.connection.heartbeat(now, interval_s, PING_FRAME)
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        self.connection.send_frame(frame_text(envelope))
+
+    def leave(self) -> None:
+        self.manager.leave_raw(self)
+        self.cancel_calls()
+
+
+class OverriddenRawClient(RawClient):
+    """The raw door of a manager whose `handle_message` was overridden by its program."""
+
+    __slots__ = ()
+
+    def receive(self, payload: bytes, is_text: bool) -> bytes | None:
+        answer = self.manager.handle_message(self, payload, is_text)
+        if isinstance(answer, str):
+            return answer.encode()
+        if answer is not None:
+            self.connection.send_frame(frame_binary(answer))
+        return None
+
+
+class HttpClient(Client, Door):
+    """One HTTP request whose answer comes when its command has ended."""
+
+    __slots__ = ()
+    door = "http"
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        message = loads(envelope)
+        if message.get("type") == "command_progress":
+            return  # HTTP has one answer
+        code = message["data"]["code"] if message.get("type") == "error" else None
+        status = 200 if code is None else HTTP_STATUS.get(code, 500)
+        send_response(self.connection, status, envelope)
+
+    def leave(self) -> None:
+        self.cancel_calls()
+
+
+class SocketClient(Client):
+    """A Socket.IO client: one session in one namespace."""
+
+    __slots__ = (
+        "_held", "ack_head", "event_head", "namespace", "pid", "recovered", "session"
+    )  # fmt: skip
+    door = "socket.io"
+
+    def __init__(self, session: SocketSession, namespace: str, auth: dict[str, Any]) -> None:
+        super().__init__(session.connection, "")
+        self.session = session
+        self.namespace = namespace
+        self.auth = auth
+        prefix = encode_namespace(namespace)
+        self.event_head = b"42" + prefix + b'["rpc_response",'
+        self.ack_head = b"43" + prefix
+        self.pid: str | None = None
+        self.recovered = False
+        self._held: list[bytes] | None = []  # frames that must follow the CONNECT answer
+
+    async def emit(self, event: str, *args: Any) -> None:
+        self.send_packet(Packet(PacketType.EVENT, self.namespace, [event, *args]))
+        await self.connection.drained()
+
+    async def disconnect(self, reason: str = "") -> None:
+        """End this namespace's connection; the session may hold others."""
+        self.send_packet(Packet(PacketType.DISCONNECT, self.namespace))
+        self.session.remove(self, "server namespace disconnect")
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        self.send_frame(frame_text(self.wrap(envelope, ack)))
+
+    def wrap(self, envelope: bytes, ack: int | None) -> bytes:
+        """An envelope as the text of an ack or of an `rpc_response` event."""
+        if ack is None:
+            return self.event_head + envelope + b"]"
+        return self.ack_head + b"%d[" % ack + envelope + b"]"
+
+    def encode_special(self, envelope: dict[str, Any], ack: int | None) -> bool:
+        if ack is None:
+            packet = Packet(PacketType.EVENT, self.namespace, ["rpc_response", envelope])
+        else:
+            packet = Packet(PacketType.ACK, self.namespace, [envelope], ack)
+        try:
+            self.send_packet(packet)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def send_packet(self, packet: Packet) -> None:
+        """Send a packet with its attachments. Raises TypeError or ValueError if it has no form."""
+        text, *attachments = encode_packet(packet)
+        frames = [frame_text(b"4" + text), *map(frame_binary, attachments)]
+        self.send_frame(b"".join(frames))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send frames now, or behind the CONNECT answer while that is still to come."""
+        if self._held is not None:
+            self._held.append(frame)
+        elif self.session.clients.get(self.namespace) is self:
+            self.connection.send_frame(frame)
+
+    def accept(self, missed: Iterable[tuple[str, bytes]]) -> None:
+        """Send what the client missed, the CONNECT answer, and what was held back for it."""
+        answer: dict[str, Any] = {"sid": self.id}
+        if self.pid is not None:
+            answer["pid"] = self.pid
+        held, self._held = self._held or [], None
+        for offset, envelope in missed:
+            self.send_frame(frame_text(encode_broadcast(self.event_head, envelope, offset)))
+        self.send_packet(Packet(PacketType.CONNECT, self.namespace, answer))
+        for frame in held:
+            self.send_frame(frame)
+
+    @property
+    def is_connecting(self) -> bool:
+        """Is the CONNECT answer still to come?"""
+        return self._held is not None
+
+
+def encode_broadcast(event_head: bytes, envelope: bytes, offset: str | None) -> bytes:
+    """A broadcast as Socket.IO text; the trailing offset is what its client recovers with."""
+    if offset is None:
+        return event_head + envelope + b"]"
+    return event_head + envelope + b',"' + offset.encode() + b'"]'
+
+
+def new_id() -> str:
+    """A session id or pid that can't be guessed: 20 characters, as socket.io's."""
+    return secrets.token_urlsafe(15)
+
+
+def sid_of(pid: str) -> str:
+    """The public Socket.IO id of a private one: a recovered client keeps its id on any node."""
+    return urlsafe_b64encode(hashlib.sha256(pid.encode()).digest()[:15]).decode()
+
+
+class Standing(Enum):
+    """Where a session stands in a namespace."""
+
+    ABSENT = "absent"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+
+
+class SocketSession(Door):
+    """One Engine.IO session: the packets of a Socket.IO client, its namespaces, its heartbeat."""
+
+    __slots__ = (
+        "attachments", "attachments_bytes", "clients", "connect_deadline", "connection",
+        "is_authorized", "manager", "pending", "sid",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection, is_authorized: bool) -> None:
+        self.connection = connection
+        self.manager = connection.manager
+        self.sid = new_id()
+        self.clients: dict[str, SocketClient] = {}
+        self.is_authorized = is_authorized  # by the handshake; else each CONNECT needs the token
+        self.pending: Packet | None = None  # a packet whose attachments are still to come
+        self.attachments: list[bytes] = []
+        self.attachments_bytes = 0
+        self.connect_deadline = connection.loop.time() + self.manager.config.connect_timeout_s
+
+    def start(self) -> None:
+        """Send the Engine.IO open packet."""
+        config = self.manager.config
+        handshake = {
+            "sid": self.sid,
+            "upgrades": [],
+            "pingInterval": round(config.engine_ping_interval_s * 1000),
+            "pingTimeout": round(config.ping_timeout_s * 1000),
+            "maxPayload": config.max_message_bytes,
+        }
+        self.connection.send_frame(frame_text(b"0" + dumps(handshake)))
+        self.connection.deadline = min(self.connection.deadline, self.connect_deadline)
+
+    def receive(self, payload: bytes, is_text: bool) -> bytes | None:
+        try:
+            if not is_text:
+                return self._receive_attachment(payload)
+            fast = _EVENT.match(payload)
+            if fast is not None and self.pending is None:
+                return self._receive_event(payload, fast)
+            handler = _ENGINE_HANDLERS.get(payload[:1])
+            if handler is None:
+                raise BadPacket("unknown packet type")
+            return handler(self, payload)
+        except BadPacket as bad:
+            if is_text:
+                payload.decode()  # UnicodeDecodeError: 1007 rather than 1002
+            self.manager.count_drop(self.connection, "protocol")
+            self.connection.close(CloseCode.PROTOCOL_ERROR, str(bad))
+        return None
+
+    # Engine.IO packets.
+
+    def _receive_message(self, payload: bytes) -> bytes | None:
+        if self.pending is not None:
+            raise BadPacket("text while attachments are pending")
+        packet = decode_packet(payload[1:])
+        if packet.attachments:
+            self.pending = packet
+            return None
+        return self._handle(packet, len(payload))
+
+    def _receive_attachment(self, payload: bytes) -> bytes | None:
+        if self.pending is None:
+            raise BadPacket("binary frame without a packet")
+        self.attachments.append(payload)
+        self.attachments_bytes += len(payload)
+        if self.attachments_bytes > self.manager.config.max_message_bytes:
+            self.connection.close(CloseCode.MESSAGE_TOO_BIG, "attachments are too large")
+            return None
+        if len(self.attachments) < self.pending.attachments:
+            return None
+        packet, attachments, size = self.pending, self.attachments, self.attachments_bytes
+        self.pending, self.attachments, self.attachments_bytes = None, [], 0
+        data = insert_attachments(packet.data, attachments)
+        return self._handle(packet._replace(data=data), size)
+
+    def _receive_close(self, payload: bytes) -> None:
+        self.connection.close(CloseCode.NORMAL_CLOSURE)
+
+    def _receive_pong(self, payload: bytes) -> None:
+        pass  # any frame counts as life
+
+    # Socket.IO packets.
+
+    def _receive_event(self, payload: bytes, match: re.Match[bytes]) -> bytes | None:
+        """The fast lane for `42/ws,7["rpc",{...}]`: one match, one JSON value."""
+        namespace, digits = match.groups()
+        client = self.clients.get(namespace[:-1].decode() if namespace else "/")
+        if client is None or client.is_connecting:
+            raise BadPacket("event before connect")
+        try:
+            event = loads(payload[match.end() - 1 :])
+        except JSONDecodeError:
+            raise BadPacket("invalid payload") from None
+        ack = int(digits) if digits else None
+        if not _is_event(event):
+            raise BadPacket("invalid payload")
+        return handle_event(client, event, ack, len(payload))
+
+    def _handle(self, packet: Packet, size: int) -> bytes | None:
+        client = self.clients.get(packet.namespace)
+        if client is None:
+            standing = Standing.ABSENT
+        else:
+            standing = Standing.CONNECTING if client.is_connecting else Standing.CONNECTED
+        handler = _SOCKET_HANDLERS.get((standing, packet.type))
+        if handler is None:
+            raise BadPacket(f"{packet.type.name} while {standing.value}")
+        return handler(self, packet, size)
+
+    def _connect(self, packet: Packet, size: int) -> None:
+        self.manager.connect_socket(self, packet.namespace, packet.data or {})
+
+    def _event(self, packet: Packet, size: int) -> bytes | None:
+        return handle_event(self.clients[packet.namespace], packet.data, packet.ack, size)
+
+    def _ignore(self, packet: Packet, size: int) -> None:
+        pass  # we ask for no acks
+
+    def _disconnect(self, packet: Packet, size: int) -> None:
+        self.remove(self.clients[packet.namespace], "client namespace disconnect")
+
+    def refuse(self, namespace: str, message: str, **data: Any) -> None:
+        """Answer a CONNECT with CONNECT_ERROR, which is always an object."""
+        error = {"message": message, "data": data} if data else {"message": message}
+        text = encode_packet(Packet(PacketType.CONNECT_ERROR, namespace, error))[0]
+        self.connection.send_frame(frame_text(b"4" + text))
+
+    def remove(self, client: SocketClient, reason: str) -> None:
+        """A client leaves its namespace; the session goes on."""
+        if self.clients.get(client.namespace) is client:
+            del self.clients[client.namespace]
+            self.manager.leave_socket(client, reason)
+
+    def leave(self) -> None:
+        self.pending, self.attachments = None, []
+        for client in tuple(self.clients.values()):
+            self.remove(client, "transport close")
+
+    def on_deadline(self, now: float) -> None:
+        if not self.clients and now >= self.connect_deadline:
+            self.manager.count_drop(self.connection, "no namespace")
+            return self.connection.close(CloseCode.POLICY_VIOLATION, "no namespace joined in time")
+        interval_s = self.manager.config.engine_ping_interval_s
+        self.connection.heartbeat(now, interval_s, ENGINE_PING_FRAME)
+        if not self.clients:
+            self.connection.deadline = min(self.connection.deadline, self.connect_deadline)
+
+
+_EVENT = re.compile(rb"42(/[^,]{0,255},)?(\d{1,15})?\[")
+
+# State machines as data; what is absent is the peer's mistake.
+_ENGINE_HANDLERS: dict[bytes, Callable[[SocketSession, bytes], bytes | None]] = {
+    b"1": SocketSession._receive_close,
+    b"3": SocketSession._receive_pong,
+    b"4": SocketSession._receive_message,
+}
+_SOCKET_HANDLERS: dict[
+    tuple[Standing, PacketType], Callable[[SocketSession, Packet, int], bytes | None]
+] = {
+    (Standing.ABSENT, PacketType.CONNECT): SocketSession._connect,
+    (Standing.CONNECTING, PacketType.DISCONNECT): SocketSession._disconnect,
+    (Standing.CONNECTED, PacketType.DISCONNECT): SocketSession._disconnect,
+    (Standing.CONNECTED, PacketType.EVENT): SocketSession._event,
+    (Standing.CONNECTED, PacketType.BINARY_EVENT): SocketSession._event,
+    (Standing.CONNECTED, PacketType.ACK): SocketSession._ignore,
+    (Standing.CONNECTED, PacketType.BINARY_ACK): SocketSession._ignore,
+}
+
+
+# --- 6 manager ---------------------------------------------------------------------------------
+# WebSocketManager knows who is connected and what a program registered. A broadcast is encoded
+# once, framed once for each door, joined with the others of the same loop iteration, and written
+# to every client without waiting for any. The history of broadcasts answers clients that return.
+
+
+class History:
+    """The latest broadcasts, each under its offset; bounded by count and by bytes.
+
+    When a bound is passed the oldest go, and clients that last saw something older get a gap.
+    """
+
+    def __init__(self, max_messages: int, max_bytes: int, start: str) -> None:
+        self.max_messages = max_messages
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.entries: deque[tuple[str, bytes]] = deque()
+        self.last = start
+        self._base = start  # the offset just before the first entry
+        self._first = 0  # the number of the first entry
+        self._numbers = {start: 0}  # offset -> number of the entry that follows it
+
+    def append(self, offset: str, envelope: bytes) -> None:
+        """Add the newest broadcast."""
+        self.entries.append((offset, envelope))
+        self.bytes += len(envelope)
+        self._numbers[offset] = self._first + len(self.entries)
+        self.last = offset
+        while len(self.entries) > self.max_messages or self.bytes > self.max_bytes:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        del self._numbers[self._base]
+        self._base, envelope = self.entries.popleft()
+        self.bytes -= len(envelope)
+        self._first += 1
+
+    def since(self, offset: str) -> list[tuple[str, bytes]] | None:
+        """What followed `offset`, oldest first; None when it is unknown or too old."""
+        number = self._numbers.get(offset)
+        if number is None:
+            return None
+        count = self._first + len(self.entries) - number
+        return list(self.entries)[-count:] if count else []
+
+
+class LogGate:
+    """Lets the first lines of each kind through and counts the rest: a flood can't fill a disk."""
+
+    BURST = 5  # lines of one kind...
+    WINDOW_S = 10.0  # ...in this time
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._until = 0.0
+
+    def admits(self, kind: str) -> bool:
+        """May a line of this kind be logged now?"""
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        return count <= self.BURST
+
+    def turn(self, now: float) -> None:
+        """Called now and then: a new window begins, and the old one's silence is summed up."""
+        if now >= self._until:
+            for kind, count in self._counts.items():
+                if count > self.BURST:
+                    log.warning("%s: %d more in %.0f s", kind, count - self.BURST, self.WINDOW_S)
+            self._counts.clear()
+            self._until = now + self.WINDOW_S
+
+
+LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0)
+
+
+class Metrics:
+    """Counters for `/metrics`, by label. Hot ones are plain integers of the manager."""
+
+    def __init__(self) -> None:
+        self.commands: dict[str, int] = {}
+        self.latency_buckets = [0] * (len(LATENCY_BUCKETS_S) + 1)
+        self.latency_sum_s = 0.0
+        self.refusals: dict[str, int] = {}
+        self.drops: dict[str, int] = {}
+        self.loop_lag_s = 0.0
+
+    def count_command(self, result: str, seconds: float) -> None:
+        """One command ended: with "ok" or an error code."""
+        self.commands[result] = self.commands.get(result, 0) + 1
+        self.latency_sum_s += seconds
+        bucket = 0
+        while bucket < len(LATENCY_BUCKETS_S) and seconds > LATENCY_BUCKETS_S[bucket]:
+            bucket += 1
+        self.latency_buckets[bucket] += 1
+
+    def count_refusal(self, reason: str) -> None:
+        """One request or handshake was refused."""
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+
+
+def event_name(name: Any) -> str:
+    """Socket.IO allows numbers as event names; handlers are registered under strings."""
+    return name if isinstance(name, str) else str(name)
+
+
+class WebSocketManager:
+    """The clients of one server, the methods and commands they may use, and broadcast.
+
+    commands: the CommandProcessor to use; a new one with the built-in commands by default.
+    services: further services, or replacements for those named "vision" and "language".
+
+    A program registers what it adds before it serves:
+
+        manager = WebSocketManager()
+
+        @manager.commands.command
+        async def greet(name: str) -> str:
+            "Greet somebody."
+            return f"Hello, {name}!"
+
+        asyncio.run(serve(manager, port=8000))
+    """
+
+    def __init__(
+        self, commands: CommandProcessor | None = None, services: Iterable[Service] = ()
+    ) -> None:
+        self.commands = commands if commands is not None else CommandProcessor()
+        self.services = self._make_services(services)
+        self.methods: dict[str, Command] = {}
+        self.handlers: dict[str, Command] = {}
+        add_manager_commands(self)
+
+        self.connections: set[Connection] = set()
+        self.raw: set[RawClient] = set()
+        self.sessions: set[SocketSession] = set()
+        self.sockets: dict[str, set[SocketClient]] = {}
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+        self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
+        self.broadcasts = self.deliveries = 0
+        self.metrics = Metrics()
+        self.log_gate = LogGate()
+        self.started_at = utc_now()
+        self.is_draining = False
+        self.backplane: Any = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
+        self._names = 0
+        self.configure(Config())
+
+    def _make_services(self, given: Iterable[Service]) -> dict[str, Service]:
+        services = {service.name: service for service in given}
+        vision = services.pop("vision", None) or VisionService()
+        language = services.pop("language", None) or LanguageService()
+        for service in (vision, language):
+            if isinstance(service, VisionService | LanguageService):
+                service.register(self.commands)
+        # The order in which people read them; the order of status objects too.
+        named = {"vision": vision, "language": language, "command": self.commands, **services}
+        for service in named.values():
+            service.on_change = self._service_changed
+            service.on_touch = self._status_touched
+        return named
+
+    def configure(self, config: Config) -> None:
+        """Take new options. `serve()` does this; a server that runs keeps those it has."""
+        self.config = config
+        self.epoch = secrets.token_hex(4)
+        self.history = History(config.history_messages, config.history_bytes, f"{self.epoch}-0")
+        self.flushed = self.history.last  # the offset up to which clients have been written to
+        self.namespaces = {"/", "/ws", "/ws/", *config.namespaces}
+        self.max_connections = config.max_clients + PENDING_CONNECTIONS
+        self.commands.timeout_s = config.command_timeout_s
+        self.raw_client = RawClient
+        if getattr(self.handle_message, "__func__", None) is not WebSocketManager.handle_message:
+            self.raw_client = OverriddenRawClient
+        # A status that only our own services make up changes only when they say so.
+        makers = {type(service).get_status for service in self.services.values()}
+        self._status_is_stable = makers <= {Service.get_status, CommandProcessor.get_status}
+        self._status_json: bytes | None = None
+        self._offset_number = 0
+        self._pending: list[tuple[str, bytes]] = []
+        self._pending_bytes = 0
+
+    # What an embedding program registers.
+
+    def method(self, name: str, *, inline: bool = False) -> Callable[[Any], Any]:
+        """Decorator: clients may call the function as RPC method `name`.
+
+        `params` reach its parameters by name and type; one annotated Context gets the call's
+        Context. What it returns is the answer's `data`. `async def` runs on the loop, plain `def`
+        in a thread, with `inline=True` at once on the loop (it must never block).
+        """
+
+        def register(function: Any) -> Any:
+            if name in BUILT_IN_METHODS or name in self.methods:
+                raise ValueError(f"method {name!r} exists already")
+            self.methods[name] = Command(function, name=name, inline=inline)
+            return function
+
+        return register
+
+    def on(self, event: str, *, inline: bool = False) -> Callable[[Any], Any]:
+        """Decorator: handle `event` of Socket.IO clients, or any client's coming and going.
+
+        connect      handler(client, auth); raising refuses the client with the error's message
+        disconnect   handler(client, reason)
+        any event    handler(client, *args); what it returns is the ack, a tuple several values
+        """
+
+        def register(function: Any) -> Any:
+            if event == "rpc" or event in self.handlers:
+                raise ValueError(f"event {event!r} has a handler already")
+            self.handlers[event] = as_handler(function, inline)
+            return function
+
+        return register
+
+    def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str | bytes | None:
+        """Answer one message of the raw door: text for str, binary for bytes, nothing for None.
+
+        A program that speaks a protocol of its own overrides this; it takes the place of requests,
+        commands and JSON. It must not block. `payload` is as received: text is not yet checked
+        to be UTF-8, and a UnicodeDecodeError raised for such text closes with 1007.
+        """
+        answer = RawClient.receive(cast(RawClient, client), payload, is_text)
+        return None if answer is None else answer.decode()
+
+    # Broadcast.
+
+    def broadcast(self, type: str, data: Any) -> int:
+        """Send an envelope to every client; how many of this process will get it.
+
+        Never waits. With a backplane it goes to the clients of every process, once Redis has
+        taken it. Raises TypeError for data that JSON can't hold, Unavailable when the backplane
+        is away.
+        """
+        body = encode_json({"type": type, "data": data})
+        if self.backplane is not None:
+            self.backplane.enqueue(body)
+        else:
+            self._offset_number += 1
+            self.receive_broadcast(f"{self.epoch}-{self._offset_number}", body)
+        return self.count_clients()
+
+    async def publish(self, type: str, data: Any) -> int:
+        """`broadcast`, and wait until the backplane has accepted it."""
+        if self.backplane is None:
+            return self.broadcast(type, data)
+        await self.backplane.publish(encode_json({"type": type, "data": data}))
+        return self.count_clients()
+
+    def notify(self, message: str, level: str = "info") -> int:
+        """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
+        return self.broadcast("notification", notification(message, level))
+
+    def count_clients(self) -> int:
+        """Clients that a broadcast goes to: a Socket.IO session counts once a namespace."""
+        return len(self.raw) + sum(map(len, self.sockets.values()))
+
+    def receive_broadcast(self, offset: str, body: bytes, *, is_kept: bool = True) -> None:
+        """A broadcast is accepted: keep it and send it to the clients of this process."""
+        envelope = body[:-1] + b',"offset":"' + offset.encode() + b'"}'
+        if is_kept:
+            self.history.append(offset, envelope)
+        self._pending.append((offset, envelope))
+        self._pending_bytes += len(envelope)
+        self.broadcasts += 1
+        if self.loop is None:  # nobody is served yet
+            self.flush_broadcasts()
+        elif len(self._pending) == 1:
+            self.loop.call_soon(self.flush_broadcasts)
+        elif self._pending_bytes > FLUSH_BROADCAST_BYTES:
+            self.flush_broadcasts()
+
+    def flush_broadcasts(self) -> None:
+        """Write what was broadcast in this iteration of the loop: one write a client."""
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        if not pending:
+            return
+        self.flushed = pending[-1][0]
+        self._write_all(b"".join([frame_text(envelope) for _, envelope in pending]), self.raw)
+        for namespace, clients in self.sockets.items():
+            if clients:
+                head = b"42" + encode_namespace(namespace) + b'["rpc_response",'
+                texts = [
+                    encode_broadcast(head, envelope, offset if self.recovers else None)
+                    for offset, envelope in pending
+                ]
+                self._write_all(b"".join(map(frame_text, texts)), clients)
+        self.deliveries += len(pending) * self.count_clients()
+
+    def _write_all(self, frames: bytes, clients: Collection[Client]) -> None:
+        self.bytes_out += len(frames) * len(clients)
+        for client in tuple(clients):  # a snapshot: a slow client is dropped while we iterate
+            connection = client.connection
+            if connection._holds or connection._answers is not None:
+                connection.send_frame(frames)
+            else:
+                connection.transport.write(frames)
+
+    @property
+    def recovers(self) -> bool:
+        """Do Socket.IO clients get offsets and connection state recovery?"""
+        return self.config.recovery and self.config.history_messages > 0
+
+    # Status.
+
+    def status(self) -> dict[str, Any]:
+        """The status object: one entry for each service."""
+        return {name: service.get_status() for name, service in self.services.items()}
+
+    def encode_status(self) -> bytes:
+        """The status object as JSON; kept until a service changes."""
+        if self._status_json is None or not self._status_is_stable:
+            self._status_json = encode_json(self.status())
+        return self._status_json
+
+    def _status_touched(self) -> None:
+        self._status_json = None
+
+    def _service_changed(self, service: Service) -> None:
+        self._status_json = None
+        self.broadcast_status()
+
+    def broadcast_status(self) -> None:
+        """Tell every client of this process the whole status."""
+        if self.backplane is None:
+            self.broadcast("status_update", self.status())
+            return
+        # Status is per node: it does not enter the shared stream, and leaves offsets as they are.
+        body = encode_json({"type": "status_update", "data": self.status(), "node": self.epoch})
+        self.receive_broadcast(self.history.last, body, is_kept=False)
+
+    # Who comes and goes.
+
+    def next_name(self) -> str:
+        """A connection's name in logs."""
+        self._names += 1
+        return f"c{self._names}"
+
+    def adopt(self, connection: Connection) -> None:
+        """A socket was accepted."""
+        if len(self.connections) >= self.max_connections:
+            self.metrics.count_refusal("too many sockets")
+            connection.transport.abort()
+        self.connections.add(connection)
+
+    def release(self, connection: Connection) -> None:
+        """A socket is closed."""
+        self.connections.discard(connection)
+
+    @property
+    def is_full(self) -> bool:
+        """Are there as many clients as there may be?"""
+        return len(self.raw) + len(self.sessions) >= self.config.max_clients
+
+    def join_raw(self, client: RawClient, since: str | None) -> None:
+        """A raw client is in: replay what it missed, then it is live."""
+        self.raw.add(client)
+        if since is not None:
+            missed = self._missed(since)
+            if missed is None:
+                client.deliver(encode_error("history_gap", _GAP_TEXT), None)
+            else:
+                client.connection.allow(sum(len(envelope) for _, envelope in missed))
+                for _, envelope in missed:
+                    client.deliver(envelope, None)
+                self._catch_up(client)
+        if "connect" in self.handlers:
+            client.connection.hold(HOLD_CONNECT)
+            self.spawn(self._welcome_raw(client))
+
+    async def _welcome_raw(self, client: RawClient) -> None:
+        error = await self._run_handler("connect", client, client.auth)
+        if error is not None:
+            client.connection.close(CloseCode.POLICY_VIOLATION, error)
+        client.connection.release(HOLD_CONNECT)
+
+    def leave_raw(self, client: RawClient) -> None:
+        """A raw client is gone."""
+        if client in self.raw:
+            self.raw.remove(client)
+            self._say_goodbye(client, "transport close")
+
+    def connect_socket(
+        self, session: SocketSession, namespace: str, auth: dict[str, Any]
+    ) -> None:
+        """A Socket.IO client asks for a namespace: answer, now or when its handler has decided."""
+        if namespace not in self.namespaces:
+            return session.refuse(namespace, "Invalid namespace")
+        if not session.is_authorized and not token_matches(self.config.token, auth.get("token")):
+            self.metrics.count_refusal("token")
+            return session.refuse(namespace, "unauthorized: " + _TOKEN_TEXT, code="unauthorized")
+        client = SocketClient(session, namespace, auth)
+        session.clients[namespace] = client
+        session.connect_deadline = NEVER
+        if "connect" in self.handlers:
+            self.spawn(self._welcome_socket(client))
+        else:
+            self._join_socket(client)
+
+    async def _welcome_socket(self, client: SocketClient) -> None:
+        pid_and_offset = {"pid", "offset"}
+        auth = {key: value for key, value in client.auth.items() if key not in pid_and_offset}
+        error = await self._run_handler("connect", client, auth)
+        if client.session.clients.get(client.namespace) is not client:
+            return  # gone meanwhile
+        if error is None:
+            self._join_socket(client)
+        else:
+            del client.session.clients[client.namespace]
+            client.session.refuse(client.namespace, error)
+
+    def _join_socket(self, client: SocketClient) -> None:
+        missed = None
+        if self.recovers:
+            pid, offset = client.auth.pop("pid", None), client.auth.pop("offset", None)
+            is_pid = isinstance(pid, str) and 0 < len(pid) <= MAX_OFFSET_BYTES
+            if is_pid and isinstance(offset, str):
+                missed = self._missed(offset)
+            client.pid = pid if missed is not None else new_id()
+            client.id = sid_of(cast(str, client.pid))
+            client.recovered = missed is not None
+        else:
+            client.id = new_id()
+        self.sockets.setdefault(client.namespace, set()).add(client)
+        client.connection.allow(sum(len(envelope) for _, envelope in missed or ()))
+        client.accept(missed or ())
+        if missed is not None:
+            self._catch_up(client)
+
+    def _missed(self, offset: str) -> list[tuple[str, bytes]] | None:
+        """What a returning client has not seen; what waits for the flush it gets with the rest."""
+        missed = self.history.since(offset)
+        if missed is None:
+            return None
+        waiting = {offset for offset, _ in self._pending}
+        return [entry for entry in missed if entry[0] not in waiting]
+
+    def _catch_up(self, client: Client) -> None:
+        """Status is not in the shared history of a backplane: a client that returns gets it."""
+        if self.backplane is not None:
+            client.deliver(Request(client, None, None, 0).encode_status(), None)
+
+    def leave_socket(self, client: SocketClient, reason: str) -> None:
+        """A Socket.IO client has left its namespace."""
+        client.cancel_calls()
+        members = self.sockets.get(client.namespace, set())
+        if client in members:
+            members.remove(client)
+            self._say_goodbye(client, reason)
+
+    def _say_goodbye(self, client: Client, reason: str) -> None:
+        if "disconnect" in self.handlers:
+            self.spawn(self._run_handler("disconnect", client, reason))
+
+    async def _run_handler(self, event: str, client: Client, value: Any) -> str | None:
+        """Run a connect or disconnect handler; the message of its error, if any."""
+        try:
+            call = Call(self.handlers[event], [client, value], {})
+            await self.commands.run(call, Context(client))
+        except ServiceError as error:
+            return str(error)
+        return None
+
+    def drop_slow(self, connection: Connection) -> None:
+        """A client reads too slowly: it gets no more, and may come back through its offset."""
+        self.count_drop(connection, "slow")
+        limit = self.config.max_unsent_bytes
+        connection.close(CloseCode.TRY_AGAIN_LATER, f"over {limit} bytes unread (--max-unsent)")
+
+    def count_drop(self, connection: Connection, reason: str) -> None:
+        """A client is dropped by us."""
+        self.metrics.drops[reason] = self.metrics.drops.get(reason, 0) + 1
+        if self.log_gate.admits(f"dropped, {reason}"):
+            log.warning("%s dropped: %s", connection.name, reason)
+
+    def log_error(self, what: str, exc: BaseException) -> None:
+        """Log a bug of ours, or of a handler, with its traceback."""
+        if self.log_gate.admits("error"):
+            log.error("%s: %s", what, exc, exc_info=exc)
+
+    # Tasks.
+
+    def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
+        """Run `work` in a task that this manager owns."""
+        task = start_task(work)
+        if not task.done():
+            self.tasks.add(task)
+            task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ServiceError):  # those have been answered
+            self.log_error("task failed", error)
+
+    async def sweep(self) -> None:
+        """Until cancelled: every deadline of every socket, from one task instead of one each."""
+        config = self.config
+        tick = min(
+            1.0,
+            config.raw_ping_interval_s / 4, config.engine_ping_interval_s / 4,
+            config.ping_timeout_s / 4, config.connect_timeout_s / 4,
+            config.open_timeout_s / 4, config.close_timeout_s / 4,
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + tick
+            await asyncio.sleep(tick)
+            now = loop.time()
+            self.metrics.loop_lag_s = max(0.0, now - due)
+            self.log_gate.turn(now)
+            for connection in tuple(self.connections):
+                if connection.deadline <= now:
+                    self._meet_deadline(connection, now)
+
+    def _meet_deadline(self, connection: Connection, now: float) -> None:
+        try:
+            connection.on_deadline(now)
+        except Exception as exc:
+            self.log_error(f"{connection.name} deadline failed", exc)
+            connection.transport.abort()
+
+
+_GAP_TEXT = "broadcasts were missed that are no longer kept; ask for the status"
+_TOKEN_TEXT = "this server needs its token"
+Level = Literal["info", "warning", "error"]
+
+
+def notification(message: Any, level: Any = "info") -> dict[str, str]:
+    """The data of a `notification`. Raises ValueError for a wrong message or level."""
+    if not isinstance(message, str) or not message:
+        raise ValueError('"message" must be a string that is not empty')
+    if level not in get_args(Level):
+        raise ValueError(f'"level" must be one of {", ".join(get_args(Level))}')
+    return {"message": message, "level": level, "time": utc_now()}
+
+
+def as_handler(function: Callable[..., Any], inline: bool) -> Command:
+    """An event handler in a Command's clothes: called with the values as they are."""
+
+    async def call_async(*args: Any) -> Any:
+        return await function(*args)
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    is_async = inspect.iscoroutinefunction(function)
+    return Command(call_async if is_async else call, name="handler", inline=inline)
+
+
+def start_task(work: Any) -> asyncio.Task[Any]:
+    """A task that, from Python 3.12 on, runs at once up to its first real wait."""
+    loop = asyncio.get_running_loop()
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(work, loop=loop, eager_start=True)
+    return loop.create_task(work)
+
+
+def add_manager_commands(manager: WebSocketManager) -> None:
+    """The built-in commands that need the manager: notify and clients."""
+
+    async def notify(*message: str, level: Level = "info") -> dict[str, int]:
+        """Send a notification to every client.
+
+        The message is put together from all words.
+        """
+        if not message:
+            raise UsageError(f"usage: {manager.commands.commands['notify'].usage}")
+        data = notification(" ".join(message), level)
+        return {"clients": await manager.publish("notification", data)}
+
+    async def clients(context: Context) -> dict[str, Any]:
+        """List who is connected."""
+        everyone: list[Client] = [*manager.raw]
+        for members in manager.sockets.values():
+            everyone += members
+        listed = [{"id": c.id, "door": c.door, "namespace": c.namespace} for c in everyone[:100]]
+        you = getattr(context.client, "id", None)
+        return {"count": len(everyone), "you": you, "clients": listed}
+
+    for function in (notify, clients):
+        if function.__name__ not in manager.commands.commands:
+            manager.commands.command(function)
+
+
+# --- 7 dispatch --------------------------------------------------------------------------------
+# One call takes a message and returns its answer if there is one now, or starts a task that will
+# send it. Errors become answers in `handle_request` and `Calls._conclude`, nowhere else. Every
+# request gets exactly one final answer.
+
+
+def encode_error(code: str, message: str, **data: Any) -> bytes:
+    """An `error` envelope that belongs to no request."""
+    return encode_json({"type": "error", "data": {"code": code, "message": message, **data}})
+
+
+INTERNAL_ERROR = encode_error("internal_error", "the server failed to handle this message")
+UNENCODABLE = "the result can't be encoded as JSON"
+
+
+def refuse_json() -> bytes:
+    """The answer to a message that is not JSON."""
+    return encode_error("invalid_json", "the message is not valid JSON in UTF-8")
+
+
+class Request:
+    """One request on its way to its single final answer, in the project's own envelope.
+
+    id: what the client calls it, if it does; ack: the Socket.IO ack it asked for.
+    line: the command line of an `execute_command`, which answers repeat.
+    """
+
+    __slots__ = ("ack", "client", "id", "is_done", "is_serial", "line", "size", "started", "task")
+
+    def __init__(self, client: Client, id: Any, ack: int | None, size: int) -> None:
+        self.client = client
+        self.id = id
+        self.ack = ack
+        self.size = size
+        self.line: str | None = None
+        self.is_done = False
+        self.is_serial = False
+        self.started = 0.0
+        self.task: asyncio.Task[Any] | None = None
+
+    def encode(self, type: str, data: Any) -> bytes | None:
+        """The envelope of an answer; None where the answer went out in a form of its own."""
+        envelope = {"type": type, "data": data}
+        if self.id is not None:
+            envelope["id"] = self.id
+        try:
+            return dumps(envelope)
+        except TypeError:
+            return self._encode_special(envelope)
+
+    def _encode_special(self, envelope: dict[str, Any]) -> bytes | None:
+        try:
+            return dumps(envelope, option=OPT_NON_STR_KEYS)
+        except TypeError:
+            if self.client.encode_special(envelope, self.ack):
+                return None
+            raise
+
+    def encode_status(self) -> bytes:
+        """The answer to `get_status`, with the offset that it is current as of."""
+        manager = self.client.manager
+        head = b'{"type":"status_update","data":' + manager.encode_status()
+        head += b',"offset":"' + manager.flushed.encode() + b'"'
+        if manager.backplane is not None:
+            head += b',"node":"' + manager.epoch.encode() + b'"'
+        if self.id is None:
+            return head + b"}"
+        return head + b',"id":' + dumps(self.id) + b"}"
+
+    def result(self, value: Any) -> bytes | None:
+        """The final answer of a call that succeeded."""
+        if self.line is not None:
+            value = {"command": self.line, "result": value}
+        try:
+            return self.encode("command_response", value)
+        except (TypeError, ValueError, RecursionError):
+            return self.fail("command_failed", UNENCODABLE)
+
+    def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
+        """The final answer of a request that did not succeed."""
+        error = {"code": code, "message": message}
+        if self.line is not None:
+            error["command"] = self.line
+        try:
+            return self.encode("error", {**error, **(data or {})})
+        except (TypeError, ValueError, RecursionError):  # an exception's text may be anything
+            error["message"] = message.encode(errors="replace").decode()
+            return self.encode("error", error)
+
+    def progress(self, value: Any) -> None:
+        """Send one report of the running command."""
+        try:
+            envelope = self.encode_progress(value)
+        except (TypeError, ValueError, RecursionError):
+            raise UsageError("progress can't be encoded as JSON") from None
+        if envelope is not None:
+            self.client.deliver(envelope, None)
+
+    def encode_progress(self, value: Any) -> bytes | None:
+        return self.encode("command_progress", {"command": self.line, "progress": value})
+
+    def deliver(self, answer: bytes | None) -> None:
+        """Send the final answer, when it comes later than its request's own read."""
+        if answer is not None:
+            self.client.deliver(answer, self.ack)
+
+
+def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
+    """Answer one request, now or later. Never raises."""
+    try:
+        kind = type(request.id)
+        if kind is not int and kind is not str and request.id is not None:
+            request.id = None
+            raise Refused("invalid_request", '"id" must be a string or an integer')
+        method = message.get("method")
+        if type(method) is not str:
+            raise Refused("invalid_request", '"method" must be a string, such as "get_status"')
+        params = message.get("params", _NO_PARAMS)
+        if type(params) is not dict:
+            raise Refused("invalid_request", '"params" must be an object')
+        handler = BUILT_IN_METHODS.get(method)
+        if handler is not None:
+            return handler(request, params)
+        return call_method(request, method, params)
+    except (Refused, ServiceError) as error:
+        return request.fail(error.code, str(error), error.data)
+    except Exception as exc:
+        request.client.manager.log_error(f"{request.client.id} request failed", exc)
+        return request.fail("internal_error", "the server failed to handle this request")
+
+
+_NO_PARAMS: dict[str, Any] = {}
+
+
+def get_status(request: Request, params: dict[str, Any]) -> bytes | None:
+    """RPC method: the status object, at once, whatever else runs."""
+    return request.encode_status()
+
+
+def execute_command(request: Request, params: dict[str, Any]) -> bytes | None:
+    """RPC method: run the command line `command`; other params reach the command by name."""
+    line = params.get("command")
+    if type(line) is not str or not line or line.isspace():
+        raise Refused("invalid_params", '"command" must be a string that is not empty')
+    request.line = line
+    request.is_serial = request.id is None and request.ack is None
+    others = _NO_PARAMS
+    if len(params) > 1:
+        others = {name: value for name, value in params.items() if name != "command"}
+    commands = request.client.manager.commands
+    return submit(request, lambda: commands.prepare(line, others))
+
+
+def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
+    """RPC method: cancel this client's running or waiting request of id `id`."""
+    wanted = params.get("id")
+    if not isinstance(wanted, int | str) or isinstance(wanted, bool):
+        raise Refused("invalid_params", '"id" must be the id of a running command')
+    calls = request.client.calls
+    if calls is None or not calls.cancel(wanted):
+        raise Refused("invalid_params", f"no command with id {wanted!r} is running")
+    return request.encode("command_response", {"cancelled": wanted})
+
+
+BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
+    "get_status": get_status,
+    "execute_command": execute_command,
+    "cancel": cancel,
+}
+
+
+def call_method(request: Request, method: str, params: dict[str, Any]) -> bytes | None:
+    """Call a method that the embedding program registered."""
+    command = request.client.manager.methods.get(method)
+    if command is None:
+        known = ", ".join([*BUILT_IN_METHODS, *request.client.manager.methods])
+        raise Refused("unknown_method", f"no such method; there are {known}", method=method)
+    return submit(request, lambda: bind_method(command, params))
+
+
+def bind_method(command: Command, params: dict[str, Any]) -> Call:
+    """A call of an RPC method. Raises Refused invalid_params when the params don't fit."""
+    try:
+        return Call(command, *command.bind((), params))
+    except UsageError as error:
+        raise Refused("invalid_params", str(error), method=command.name) from None
+
+
+def handle_event(
+    client: SocketClient, event: list[Any], ack: int | None, size: int
+) -> bytes | None:
+    """Answer one Socket.IO event: the text to send now, if any."""
+    name, args = event_name(event[0]), event[1:]
+    if name == "rpc":
+        message = args[0] if args and type(args[0]) is dict else {}
+        request = Request(client, message.get("id"), ack, size)
+    elif name in client.manager.handlers:
+        return handle_own_event(client, name, args, ack, size)
+    elif ack is None and name not in BUILT_IN_METHODS and name not in client.manager.methods:
+        return None  # as socket.io does with an event that nobody handles
+    else:
+        params = args[0] if args and type(args[0]) is dict else {}
+        request, message = Request(client, None, ack, size), {"method": name, "params": params}
+    answer = handle_request(request, message)
+    if answer is None:
+        return None
+    return client.wrap(answer, ack)
+
+
+def handle_own_event(
+    client: SocketClient, name: str, args: list[Any], ack: int | None, size: int
+) -> bytes | None:
+    """Hand an event to the program's handler; what that returns is the ack."""
+    request = EventRequest(client, None, ack, size)
+    handler = client.manager.handlers[name]
+    try:
+        return submit(request, lambda: Call(handler, [client, *args], {}))
+    except (Refused, ServiceError) as error:
+        request.fail(error.code, str(error), error.data)
+    return None
+
+
+class EventRequest(Request):
+    """An event with a handler of the program: the ack is what it returned, not an envelope."""
+
+    __slots__ = ()
+
+    def result(self, value: Any) -> None:
+        if self.ack is None:
+            return
+        values = list(value) if isinstance(value, tuple) else [value]
+        try:
+            self._send_ack(values)
+        except (TypeError, ValueError):
+            self.fail("command_failed", UNENCODABLE)
+
+    def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> None:
+        error = {"code": code, "message": message, **(data or {})}
+        if self.ack is not None:
+            self._send_ack([{"type": "error", "data": error}])
+        elif code != "cancelled" and self.client.manager.log_gate.admits("event handler"):
+            log.warning("%s event handler: %s", self.client.id, message)
+
+    def _send_ack(self, values: list[Any]) -> None:
+        client = cast(SocketClient, self.client)
+        client.send_packet(Packet(PacketType.ACK, client.namespace, values, self.ack))
+
+    def progress(self, value: Any) -> None:
+        pass  # an event has no progress in the protocol
+
+
+def submit(request: Request, prepare: Callable[[], Call]) -> bytes | None:
+    """Run a call now, or queue it behind what its client already runs."""
+    client = request.client
+    if client.manager.is_draining:
+        raise Unavailable("the server is shutting down")
+    calls = client.calls
+    if calls is None:
+        call = prepare()
+        if call.command.inline:
+            return call_inline(request, call)
+        calls = client.calls = Calls(client)
+        return calls.run(request, call)
+    return calls.submit(request, prepare)
+
+
+def call_inline(request: Request, call: Call) -> bytes | None:
+    """Run a command that never waits; the answer leaves with this read's others."""
+    manager = request.client.manager
+    started = time.perf_counter()
+    try:
+        result = manager.commands.call_inline(call)
+    except ServiceError as error:
+        manager.metrics.count_command(error.code, time.perf_counter() - started)
+        raise
+    manager.metrics.count_command("ok", time.perf_counter() - started)
+    return request.result(result)
+
+
+class Calls:
+    """What a client has running and waiting: its order, its limit, its cancellation.
+
+    Requests run concurrently up to a limit and then wait in order; serial ones, which their client
+    could not tell apart, run one after another. When too many wait, the client is not read.
+    """
+
+    __slots__ = ("client", "parallel", "running", "serial", "serial_running")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.running: set[Request] = set()
+        self.serial_running: Request | None = None
+        self.serial: deque[tuple[Request, Callable[[], Call]]] = deque()
+        self.parallel: deque[tuple[Request, Callable[[], Call]]] = deque()
+
+    def submit(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
+        """Start the request, or let it wait. Raises what `prepare` raises."""
+        if self._may_start(request):
+            return self._start(request, prepare)
+        (self.serial if request.is_serial else self.parallel).append((request, prepare))
+        self._count_waiting(1, request.size)
+        return None
+
+    def _may_start(self, request: Request) -> bool:
+        if len(self.running) >= self.client.manager.config.max_running_commands:
+            return False
+        if request.is_serial:
+            return self.serial_running is None and not self.serial
+        return not self.parallel
+
+    def _start(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
+        call = prepare()
+        if call.command.inline:
+            return call_inline(request, call)
+        return self.run(request, call)
+
+    def run(self, request: Request, call: Call) -> bytes | None:
+        """Run the call in a task of its own; its answer, should it be there at once."""
+        manager = self.client.manager
+        request.started = time.perf_counter()
+        context = Context(self.client, functools.partial(self._progress, request))
+        self.running.add(request)
+        if request.is_serial:
+            self.serial_running = request
+        task = request.task = manager.spawn(manager.commands.run(call, context))
+        if task.done():  # Python 3.12 runs a task at once up to its first real wait
+            return self._conclude(request, task)
+        task.add_done_callback(functools.partial(self._on_done, request))
+        return None
+
+    def _progress(self, request: Request, value: Any) -> Awaitable[None] | None:
+        """One report; the command waits when its client reads slowly."""
+        if request.is_done:
+            return None
+        request.progress(value)
+        if self.client.connection.is_writable:
+            return None
+        return self.client.connection.drained()
+
+    def _on_done(self, request: Request, task: asyncio.Task[Any]) -> None:
+        answer = self._conclude(request, task)
+        if self.client.calls is self:  # not when the client is gone
+            request.deliver(answer)
+            self._start_waiting()
+
+    def _conclude(self, request: Request, task: asyncio.Task[Any]) -> bytes | None:
+        """The final answer of a task that has ended, however it did."""
+        self.running.discard(request)
+        if self.serial_running is request:
+            self.serial_running = None
+        request.is_done = True
+        error = None if task.cancelled() else task.exception()
+        code = _result_code(task.cancelled(), error)
+        seconds = time.perf_counter() - request.started
+        self.client.manager.metrics.count_command(code, seconds)
+        if code == "ok":
+            return request.result(task.result())
+        if code == "cancelled":
+            return request.fail(code, "cancelled")
+        if isinstance(error, ServiceError):
+            return request.fail(code, str(error), error.data)
+        return request.fail(code, "the server failed to run this command")  # the task's owner logs
+
+    def _start_waiting(self) -> None:
+        while (waiting := self._next_waiting()) is not None:
+            request, prepare = waiting
+            self._count_waiting(-1, -request.size)
+            try:
+                answer = self._start(request, prepare)
+            except (Refused, ServiceError) as error:
+                answer = request.fail(error.code, str(error), error.data)
+            request.deliver(answer)
+
+    def _next_waiting(self) -> tuple[Request, Callable[[], Call]] | None:
+        if len(self.running) >= self.client.manager.config.max_running_commands:
+            return None
+        if self.serial and self.serial_running is None:
+            return self.serial.popleft()
+        return self.parallel.popleft() if self.parallel else None
+
+    def _count_waiting(self, count: int, size: int) -> None:
+        connection = self.client.connection
+        connection.waiting += count
+        connection.waiting_bytes += size
+        if connection.waiting > MAX_WAITING or connection.waiting_bytes > MAX_WAITING_BYTES:
+            connection.hold(HOLD_CALLS)
+        else:
+            connection.release(HOLD_CALLS)
+
+    def cancel(self, wanted: int | str) -> bool:
+        """Cancel the running or waiting requests of this id; were there any?"""
+        found = False
+        for request in tuple(self.running):
+            if request.id == wanted and type(request.id) is type(wanted) and request.task:
+                found = True
+                request.task.cancel()
+        for waiting in [entry for entry in self.parallel if entry[0].id == wanted]:
+            found = True
+            self.parallel.remove(waiting)
+            self._count_waiting(-1, -waiting[0].size)
+            waiting[0].deliver(waiting[0].fail("cancelled", "cancelled before it began"))
+        return found
+
+    def stop(self) -> None:
+        """The server stops: refuse what waits, cancel what runs, and let the client know."""
+        for request, _ in (*self.serial, *self.parallel):
+            request.deliver(request.fail("unavailable", "the server is shutting down"))
+        self.serial.clear()
+        self.parallel.clear()
+        for request in tuple(self.running):
+            if request.task is not None:
+                request.task.cancel()
+
+    def abandon(self) -> None:
+        """The client is gone: nobody waits for an answer any more."""
+        self.client.calls = None
+        self.serial.clear()
+        self.parallel.clear()
+        for request in tuple(self.running):
+            if request.task is not None:
+                request.task.cancel()
+
+
+def _result_code(is_cancelled: bool, error: BaseException | None) -> str:
+    if is_cancelled:
+        return "cancelled"
+    if error is None:
+        return "ok"
+    return error.code if isinstance(error, ServiceError) else "internal_error"
+
+
+def handle_other(client: Client, message: Any, size: int) -> bytes | None:
+    """Answer a message that is no plain request: JSON-RPC, or a mistake."""
+    if is_json_rpc(message):
+        return handle_json_rpc(client, message, size)
+    return encode_error("invalid_request", 'a request is an object, such as {"method": "..."}')
+
+
+# JSON-RPC 2.0: the same methods under another form of request and answer.
+
+JSON_RPC_CODES = {
+    "invalid_json": -32700,
+    "invalid_request": -32600,
+    "unknown_method": -32601,
+    "invalid_params": -32602,
+    "internal_error": -32603,
+    "command_failed": -32000,
+    "unknown_command": -32001,
+    "usage": -32002,
+    "timeout": -32003,
+    "cancelled": -32004,
+    "unavailable": -32005,
+    "too_large": -32006,
+    "unauthorized": -32007,
+    "forbidden": -32008,
+    "history_gap": -32009,
+}
+METHOD_PARAMS = {"execute_command": ["command"], "cancel": ["id"], "get_status": []}
+
+
+def is_json_rpc(message: Any) -> bool:
+    """Does this message, or one of a batch, say that it is JSON-RPC?"""
+    if isinstance(message, list):
+        return any(isinstance(item, dict) and "jsonrpc" in item for item in message)
+    return isinstance(message, dict) and "jsonrpc" in message
+
+
+class JsonRpcRequest(Request):
+    """A JSON-RPC 2.0 request or notification; in a batch its answer goes there."""
+
+    __slots__ = ("batch", "is_notification")
+
+    def __init__(self, client: Client, message: Any, size: int, batch: Batch | None) -> None:
+        wanted = message.get("id") if isinstance(message, dict) else None
+        super().__init__(client, wanted, None, size)
+        self.batch = batch
+        self.is_notification = _is_notification(message)
+
+    def encode(self, type: str, data: Any) -> bytes | None:
+        if type == "error":
+            details = dict(data)
+            code = JSON_RPC_CODES.get(details["code"], -32000)
+            error = {"code": code, "message": details.pop("message"), "data": details}
+            return self._answer({"error": error})
+        return self._answer({"result": data})
+
+    def encode_status(self) -> bytes | None:  # type: ignore[override]
+        return self._answer({"result": self.client.manager.status()})
+
+    def _answer(self, outcome: dict[str, Any]) -> bytes | None:
+        if self.is_notification:
+            return None
+        return encode_json({"jsonrpc": "2.0", **outcome, "id": self.id})
+
+    def encode_progress(self, value: Any) -> bytes | None:
+        if self.is_notification or self.batch is not None:
+            return None
+        params = {"command": self.line, "progress": value, "id": self.id}
+        return encode_json({"jsonrpc": "2.0", "method": "command_progress", "params": params})
+
+    def deliver(self, answer: bytes | None) -> None:
+        if self.batch is not None:
+            answer = self.batch.add(answer)
+        super().deliver(answer)
+
+
+class Batch:
+    """The answers of one JSON-RPC batch, sent together when the last one is there."""
+
+    __slots__ = ("answers", "missing")
+
+    def __init__(self, missing: int) -> None:
+        self.answers: list[bytes] = []
+        self.missing = missing
+
+    def add(self, answer: bytes | None) -> bytes | None:
+        """Add one answer; the whole batch once it is complete."""
+        if answer is None:
+            return None
+        self.answers.append(answer)
+        self.missing -= 1
+        return None if self.missing else b"[" + b",".join(self.answers) + b"]"
+
+
+def handle_json_rpc(client: Client, message: Any, size: int) -> bytes | None:
+    """Answer a JSON-RPC 2.0 request or batch, now or later."""
+    if not isinstance(message, list):
+        return _handle_one_json_rpc(JsonRpcRequest(client, message, size, None), message)
+    if not message or len(message) > MAX_BATCH:
+        request = JsonRpcRequest(client, None, size, None)
+        return request.fail("invalid_request", f"a batch holds 1 to {MAX_BATCH} requests")
+    batch = Batch(sum(not _is_notification(item) for item in message))
+    whole = None
+    for item in message:
+        request = JsonRpcRequest(client, item, size // len(message), batch)
+        answer = _handle_one_json_rpc(request, item)
+        whole = batch.add(answer) or whole
+    return whole
+
+
+def _is_notification(message: Any) -> bool:
+    """Is this a JSON-RPC notification, which gets no answer?"""
+    return (
+        isinstance(message, dict)
+        and "id" not in message
+        and message.get("jsonrpc") == "2.0"
+        and isinstance(message.get("method"), str)
+    )
+
+
+def _handle_one_json_rpc(request: JsonRpcRequest, message: Any) -> bytes | None:
+    if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+        if type(request.id) not in (str, int):
+            request.id = None
+        return request.fail("invalid_request", 'a request is an object with "jsonrpc": "2.0"')
+    if message.get("method") == "rpc.discover":
+        return request.encode("", describe_rpc(request.client.manager))
+    params = message.get("params", _NO_PARAMS)
+    if isinstance(params, list):
+        names = _names_of_params(request.client.manager, message.get("method"))
+        if len(params) > len(names):
+            return request.fail("invalid_params", f"at most {len(names)} params by position")
+        message = {**message, "params": dict(zip(names, params, strict=False))}
+    return handle_request(request, message)
+
+
+def _names_of_params(manager: WebSocketManager, method: Any) -> list[str]:
+    if method in METHOD_PARAMS:
+        return METHOD_PARAMS[method]
+    command = manager.methods.get(method) if isinstance(method, str) else None
+    return [argument["name"] for argument in command.arguments] if command else []
+
+
+def describe_rpc(manager: WebSocketManager) -> dict[str, Any]:
+    """The OpenRPC document of what clients may call, made from the tables that dispatch uses."""
+    methods = [
+        _describe_method("get_status", "The state of every service.", []),
+        _describe_method(
+            "execute_command",
+            "Run a command line; further params reach the command by name. Commands: "
+            + "; ".join(command.usage for command in manager.commands.distinct()),
+            [{"name": "command", "type": "str", "required": True}],
+        ),
+        _describe_method(
+            "cancel", "Cancel a running request.", [{"name": "id", "type": "any", "required": True}]
+        ),
+    ]
+    methods += [_describe_method(c.name, c.summary, c.arguments) for c in manager.methods.values()]
+    return {
+        "openrpc": "1.3.2",
+        "info": {"title": "Karna WS", "version": __version__},
+        "methods": methods,
+    }
+
+
+_JSON_TYPES = {
+    "str": {"type": "string"}, "int": {"type": "integer"}, "float": {"type": "number"},
+    "bool": {"type": "boolean"}, "list": {"type": "array"}, "dict": {"type": "object"},
+}  # fmt: skip
+
+
+def _describe_method(name: str, summary: str, arguments: list[dict[str, Any]]) -> dict[str, Any]:
+    params = []
+    for argument in arguments:
+        schema = dict(_JSON_TYPES.get(argument["type"], {}))
+        if "choices" in argument:
+            schema["enum"] = argument["choices"]
+        required = bool(argument["required"])
+        params.append({"name": argument["name"], "required": required, "schema": schema})
+    return {
+        "name": name,
+        "summary": summary,
+        "paramStructure": "either",
+        "params": params,
+        "result": {"name": "result", "schema": {}},
+    }
+
+
+# --- 8 http ------------------------------------------------------------------------------------
+# The websockets library refuses request bodies and answers in plain text, so the HTTP head is cut
+# out of the stream here, checked, and only then given to its parser. `check_access` decides for
+# every door who may come in: this server executes commands, and any page open in the user's
+# browser can reach it. Each socket serves one HTTP request and is closed.
+
+
+def read_head(connection: Connection, data: bytes) -> None:
+    """Collect an HTTP head; go on with it when it is whole."""
+    end = data.find(b"\r\n\r\n")
+    if end >= 0:
+        return handle_head(connection, data[: end + 4], data[end + 4 :])
+    if not 65 <= data[0] <= 90:  # no method starts like this; TLS on a plain port does
+        return refuse_http(connection, Refused("invalid_request", "this is no HTTP request"))
+    if len(data) > MAX_HEAD_BYTES or (len(data) > MAX_HEAD_LINE_BYTES and b"\r\n" not in data):
+        return refuse_http(connection, _head_too_large(data))
+    connection.keep(data)
+    return None
+
+
+def _head_too_large(head: bytes) -> Refused:
+    if b"\r\n" not in head[:MAX_HEAD_LINE_BYTES]:
+        return Refused("too_large", "the request line is too long", status=414)
+    return Refused("too_large", "the request's headers are too large", status=431)
+
+
+def handle_head(connection: Connection, head: bytes, rest: bytes) -> None:
+    """A whole HTTP head has arrived: refuse it, upgrade it, or answer it."""
+    try:
+        request = parse_head(connection, head)
+        connection.head = request
+        check_access(connection, request)
+        if request.is_upgrade:
+            return upgrade(connection, request, rest)
+        start_request(connection, request, rest)
+    except Refused as refused:
+        refuse_http(connection, refused)
+    except EngineRefused as refused:
+        send_response(connection, 400, dumps({"code": refused.code, "message": str(refused)}))
+    except Exception as exc:
+        connection.manager.log_error(f"{connection.name} HTTP request failed", exc)
+        send_response(connection, 500, INTERNAL_ERROR)
+
+
+class HttpRequest(NamedTuple):
+    """One HTTP head, parsed and checked for form."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: Mapping[str, str]  # names in lower case; a repeated header's values joined by ", "
+    repeated: frozenset[str]  # names that occur more than once
+    body_bytes: int
+    head: HttpHead  # as the websockets library knows it
+
+    @property
+    def is_upgrade(self) -> bool:
+        """Does it ask for a WebSocket?"""
+        return "websocket" in self.headers.get("upgrade", "").lower()
+
+
+_CONTENT_LENGTH = re.compile(rb"(?im)^content-length:[^\r\n]*\r\n")
+_HEAD_LINE = re.compile(rb"[A-Z]{1,20} [!-~]+ HTTP/1\.[01]")
+
+
+def parse_head(connection: Connection, head: bytes) -> HttpRequest:
+    """Parse an HTTP head. Raises Refused for one that is malformed or too large."""
+    lines = head.split(b"\r\n")
+    if len(lines) > MAX_HEAD_LINES + 2 or max(map(len, lines)) > MAX_HEAD_LINE_BYTES:
+        raise _head_too_large(head)
+    if not _HEAD_LINE.fullmatch(lines[0]):
+        raise Refused("invalid_request", "malformed request line")
+    # The library refuses requests that announce a body; the body is ours to read.
+    connection.protocol.receive_data(_CONTENT_LENGTH.sub(b"", head))
+    events = connection.protocol.events_received()
+    connection.protocol.data_to_send()  # its own refusal, which is no JSON
+    if b"transfer-encoding" in head.lower() and "transfer-encoding" in _header_names(lines):
+        raise Refused("invalid_request", "a body needs Content-Length", status=411)
+    if not events or not isinstance(events[0], HttpHead):
+        raise Refused("invalid_request", "malformed headers")
+    parsed = events[0]
+    headers, repeated = _merge_headers(lines[1:-2])
+    path, _, query_text = parsed.path.partition("?")
+    if not path.startswith("/"):
+        raise Refused("invalid_request", "the request target must be a path")
+    try:
+        query = parse_qs(query_text, keep_blank_values=True, max_num_fields=100)
+    except ValueError:
+        raise Refused("invalid_request", "the query has too many fields") from None
+    size = _content_length(headers, repeated)
+    return HttpRequest(parsed.method, path, query, headers, repeated, size, parsed)
+
+
+def _header_names(lines: Iterable[bytes]) -> set[str]:
+    return {line.partition(b":")[0].strip().lower().decode("latin-1") for line in lines}
+
+
+def _merge_headers(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
+    headers: dict[str, str] = {}
+    repeated = set()
+    for line in lines:
+        name, _, value = line.decode("latin-1").partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            repeated.add(name)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers, frozenset(repeated)
+
+
+def _content_length(headers: Mapping[str, str], repeated: frozenset[str]) -> int:
+    text = headers.get("content-length", "0")
+    # The length first: int() of thousands of digits is slow, or raises.
+    if "content-length" in repeated or not text.isascii() or not text.isdigit() or len(text) > 15:
+        raise Refused("invalid_request", "malformed Content-Length")
+    return int(text)
+
+
+def check_access(connection: Connection, request: HttpRequest) -> None:
+    """Decide, for every door, whether this request may come in. Raises Refused.
+
+    Host: a web page whose name was rebound to this address names itself there. Origin: the page
+    that asks. Token: what a page or a process that was let in must still know.
+    """
+    config = connection.manager.config
+    check_host(config, request)
+    connection.origin = check_origin(config, request)
+    if request.method == "OPTIONS" or (request.path, request.is_upgrade) in _OPEN_PATHS:
+        return
+    if not is_authorized(config, request) and "EIO" not in request.query:
+        # The Socket.IO door takes its token with CONNECT.
+        raise Refused("unauthorized", _TOKEN_TEXT, headers={"WWW-Authenticate": "Bearer"})
+
+
+_OPEN_PATHS = {("/", False), ("/health", False)}
+
+
+def check_host(config: Config, request: HttpRequest) -> None:
+    """Exactly one Host, naming localhost, an IP address, or a name that was allowed."""
+    host = request.headers.get("host")
+    if host is None or "host" in request.repeated:
+        raise Refused("invalid_request", "a request needs exactly one Host header")
+    name = _HOST.fullmatch(host)
+    if name is None:
+        raise Refused("invalid_request", "malformed Host header")
+    literal = name["name"].lower()
+    allowed = literal == "localhost" or is_ip_address(literal)
+    if not allowed and literal not in [each.lower() for each in config.allow_host]:
+        raise Refused(
+            "forbidden", f"Host {literal} is not allowed; --allow-host {literal} would allow it"
+        )
+
+
+_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+
+
+def is_ip_address(name: str) -> bool:
+    """Is this an IPv4 address, or an IPv6 address in brackets?"""
+    family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
+    try:
+        socket.inet_pton(family, name.strip("[]"))
+    except OSError:
+        return False
+    return True
+
+
+def check_origin(config: Config, request: HttpRequest) -> str | None:
+    """The allowed origin that asks, None when it is no browser. Raises Refused."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        if request.method == "POST" and request.headers.get("sec-fetch-site") == "cross-site":
+            raise Refused("forbidden", "cross-site request without an allowed Origin")
+        return None
+    if "origin" in request.repeated:
+        raise Refused("forbidden", "a request has one Origin at most")
+    if origin in config.allow_origin or _LOOPBACK_ORIGIN.fullmatch(origin):
+        return origin
+    if _authority(origin) == _authority("http://" + request.headers["host"].lower()):
+        return origin
+    if _authority(origin) == _authority("https://" + request.headers["host"].lower()):
+        return origin
+    shown = origin[:200] if _ORIGIN.fullmatch(origin) else "of this form"
+    raise Refused(
+        "forbidden", f"Origin {shown} is not allowed; --allow-origin {shown} would allow it",
+        origin=shown,
+    )  # fmt: skip
+
+
+_LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
+_DEFAULT_PORT = {"http": ":80", "https": ":443"}
+
+
+def _authority(origin: str) -> tuple[str, str] | None:
+    """Scheme and authority of a web origin, its default port left out."""
+    scheme, found, authority = origin.partition("://")
+    if not found or scheme not in _DEFAULT_PORT:
+        return None
+    return scheme, authority.removesuffix(_DEFAULT_PORT[scheme])
+
+
+def is_authorized(config: Config, request: HttpRequest) -> bool:
+    """Does the request carry the token, in its header or its query?"""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and "authorization" not in request.repeated:
+        return token_matches(config.token, given.strip())
+    return token_matches(config.token, request.query.get("token", [None])[0])
+
+
+def token_matches(token: str | None, given: Any) -> bool:
+    """Is `given` the token, if there is one? Takes the same time for every wrong one."""
+    if token is None:
+        return True
+    if not isinstance(given, str):
+        return False
+    return hmac.compare_digest(token.encode(), given.encode(errors="replace"))
+
+
+# Upgrades.
+
+
+class EngineRefused(Exception):
+    """An Engine.IO handshake is refused, in the words of socket.io."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(ENGINE_ERRORS[code])
+        self.code = code
+
+
+ENGINE_ERRORS = {
+    0: "Transport unknown",
+    1: "Session ID unknown",
+    2: "Bad handshake method",
+    3: "Bad request",
+    5: "Unsupported protocol version",
+}
+
+
+def check_engine_handshake(request: HttpRequest) -> None:
+    """Refuse what is no Engine.IO handshake over websocket, in the order socket.io does."""
+    if request.query.get("transport", [""])[0] != "websocket":
+        raise EngineRefused(0)
+    if "sid" in request.query:
+        raise EngineRefused(1)  # sessions begin here; none moves over from polling
+    if request.method != "GET":
+        raise EngineRefused(2)
+    if not request.is_upgrade:
+        raise EngineRefused(3)
+    if request.query["EIO"][0] not in ("3", "4"):
+        raise EngineRefused(5)
+
+
+def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
+    """Answer a WebSocket handshake and open the door it asked for."""
+    manager = connection.manager
+    if request.body_bytes:
+        raise Refused("invalid_request", "a WebSocket handshake has no body")
+    is_engine = "EIO" in request.query
+    if is_engine:
+        check_engine_handshake(request)
+    elif request.path not in ("/ws", "/ws/"):
+        raise _not_found()
+    if manager.is_draining or manager.is_full:
+        what = "shutting down" if manager.is_draining else "full (--max-clients)"
+        raise Refused("unavailable", f"the server is {what}", headers={"Retry-After": "5"})
+    response = connection.protocol.accept(request.head)
+    if response.status_code != 101:
+        _refuse_handshake(response.status_code)
+    response.headers["Cache-Control"] = "no-store"
+    connection.protocol.send_response(response)
+    connection.head = None  # 1.7 KiB that nobody needs any more
+    connection._answers = []  # the handshake and what follows it leave in one write
+    connection.transport.write(b"".join(connection.protocol.data_to_send()))
+    if is_engine:
+        _open_engine(connection, request)
+    else:
+        _open_raw(connection, request)
+    connection._flush_answers()
+    if rest:
+        connection.data_received(rest)
+
+
+def _refuse_handshake(status: int) -> None:
+    if status == 426:
+        raise _upgrade_required()
+    if status == 405:
+        raise Refused("invalid_request", "use GET", status=405, headers={"Allow": "GET"})
+    raise Refused("invalid_request", "malformed WebSocket handshake", status=status)
+
+
+def _open_raw(connection: Connection, request: HttpRequest) -> None:
+    manager = connection.manager
+    client = manager.raw_client(connection, connection.name)
+    connection.open(client, manager.config.raw_ping_interval_s)
+    manager.join_raw(client, request.query.get("since", [None])[0])
+
+
+def _open_engine(connection: Connection, request: HttpRequest) -> None:
+    manager = connection.manager
+    session = SocketSession(connection, is_authorized(manager.config, request))
+    connection.open(session, manager.config.engine_ping_interval_s)
+    if request.query["EIO"][0] == "3":
+        return refuse_old_client(session)
+    manager.sessions.add(session)
+    session.start()
+
+
+def refuse_old_client(session: SocketSession) -> None:
+    """Tell a socket.io-client 2 in its own protocol what it is; a plain refusal shows it nothing.
+
+    Source: Engine.IO protocol 3, Socket.IO protocol 4: open, connected to '/', error in '/ws'.
+    """
+    text = dumps("this server needs socket.io-client 3 or later (Engine.IO protocol 4)")
+    handshake = {"sid": session.sid, "upgrades": [], "pingInterval": 25000, "pingTimeout": 20000}
+    for packet in (b"0" + dumps(handshake), b"40", b"44/ws," + text, b"44" + text):
+        session.connection.send_frame(frame_text(packet))
+    session.connection._flush_answers()
+    session.connection.close(CloseCode.POLICY_VIOLATION, "Engine.IO protocol 4 is needed")
+
+
+# Plain HTTP.
+
+
+def start_request(connection: Connection, request: HttpRequest, rest: bytes) -> None:
+    """Find the handler of a plain request; read its body first if it has one."""
+    if "EIO" in request.query:
+        check_engine_handshake(request)
+    methods = ROUTES.get(request.path)
+    if methods is None:
+        raise _not_found()
+    method = "GET" if request.method == "HEAD" else request.method
+    if method == "OPTIONS":
+        return send_preflight(connection, methods)
+    if method not in methods:
+        allow = ", ".join(_allowed(methods))
+        message = f"{request.path} takes {allow}"
+        raise Refused("invalid_request", message, status=405, headers={"Allow": allow})
+    if method == "POST":
+        return start_body(connection, request, rest)
+    methods[method](connection, b"")
+    return None
+
+
+def _allowed(methods: Iterable[str]) -> list[str]:
+    return [*(["GET", "HEAD"] if "GET" in methods else ["POST"]), "OPTIONS"]
+
+
+def start_body(connection: Connection, request: HttpRequest, rest: bytes) -> None:
+    """Check what a POST announces, then collect it; the deadline of the head goes on."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = "the body must be JSON, with Content-Type: application/json"
+        raise Refused("invalid_request", message, status=415)
+    if "content-length" not in request.headers:
+        raise Refused("invalid_request", "a body needs Content-Length", status=411)
+    limit = connection.manager.config.max_body_bytes
+    if request.body_bytes > limit:
+        raise Refused("too_large", f"the body is over {limit} bytes (--max-body)")
+    if request.headers.get("expect", "").lower() == "100-continue":
+        connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    connection.phase = Phase.BODY
+    read_body(connection, rest)
+
+
+def read_body(connection: Connection, data: bytes) -> None:
+    """Collect the body; handle the request when it is whole."""
+    request: HttpRequest = connection.head
+    if len(data) < request.body_bytes:
+        return connection.keep(data, request.body_bytes)
+    body = data[: request.body_bytes]
+    connection.phase = Phase.ANSWERING
+    connection.deadline = NEVER  # the command's own time limit holds
+    try:
+        ROUTES[request.path]["POST"](connection, body)
+    except Refused as refused:
+        refuse_http(connection, refused)
+    except Exception as exc:
+        connection.manager.log_error(f"{connection.name} HTTP request failed", exc)
+        send_response(connection, 500, INTERNAL_ERROR)
+    return None
+
+
+def _not_found() -> Refused:
+    return Refused("invalid_request", "no such path", status=404, doors=DOORS)
+
+
+def _upgrade_required() -> Refused:
+    return Refused(
+        "invalid_request", "this is a WebSocket; connect with a WebSocket client",
+        status=426, headers={"Upgrade": "websocket"},
+    )  # fmt: skip
+
+
+REASONS = {
+    200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
+    403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    409: "Conflict", 411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 426: "Upgrade Required", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 503: "Service Unavailable", 504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}  # fmt: skip
+JSON_TYPE = "application/json"
+
+
+def send_response(
+    connection: Connection,
+    status: int,
+    body: bytes,
+    content_type: str = JSON_TYPE,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Send the one answer of this socket and close it once the peer has had time to read it."""
+    if connection.phase in (Phase.CLOSING, Phase.CLOSED):
+        return
+    fields = {
+        "Connection": "close",
+        "Content-Length": str(len(body)),
+        "Content-Type": content_type,
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Vary": "Origin",
+        **(headers or {}),
+    }
+    if connection.origin is not None:
+        fields["Access-Control-Allow-Origin"] = connection.origin
+    head = f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+    is_head = connection.head is not None and connection.head.method == "HEAD"
+    connection.phase = Phase.CLOSING
+    connection.deadline = connection.loop.time() + LINGER_S
+    connection.transport.write(head.encode("latin-1") + (b"" if is_head else body))
+    connection._half_close()
+
+
+def refuse_http(connection: Connection, refused: Refused) -> None:
+    """Answer with an error envelope, count it, and log it as far as the log can bear."""
+    manager = connection.manager
+    manager.metrics.count_refusal(refused.code)
+    text = str(refused)
+    if refused.code == "forbidden" and manager.log_gate.admits(text[:300]):
+        log.warning("%s refused: %s", connection.name, text)
+    data = {key: value for key, value in refused.data.items() if key != "origin"}
+    body = encode_error(refused.code, text, **data)
+    send_response(connection, refused.status, body, headers=refused.headers)
+
+
+def refuse_late_request(connection: Connection) -> None:
+    """The head or body did not arrive in time."""
+    if connection.phase is Phase.HEAD and not connection.has_tail:
+        connection.manager.metrics.count_refusal("timeout")
+        return connection.transport.abort()  # it never said a word
+    limit_s = connection.manager.config.open_timeout_s
+    message = f"the request took longer than {limit_s:g} s to arrive (--open-timeout)"
+    return refuse_http(connection, Refused("timeout", message, status=408))
+
+
+def send_preflight(connection: Connection, methods: Iterable[str]) -> None:
+    """Answer a CORS preflight; its Origin has been checked."""
+    headers = {"Allow": ", ".join(_allowed(methods))}
+    if connection.origin is not None:
+        headers |= {
+            "Access-Control-Allow-Methods": ", ".join(_allowed(methods)),
+            "Access-Control-Allow-Headers": "Authorization, Content-Type",
+            "Access-Control-Max-Age": "600",
+        }
+        if "access-control-request-private-network" in connection.head.headers:
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    send_response(connection, 204, b"", headers=headers)
+
+
+# Handlers: (connection, body) -> None; they answer, or start what will.
+
+
+def answer_page(connection: Connection, body: bytes) -> None:
+    """GET /: the console page, or a JSON index of the doors where that file is not there."""
+    page = load_page()
+    if page is None:
+        index = {"name": "karna-ws", "version": __version__, "doors": DOORS}
+        return send_response(connection, 200, dumps(index))
+    content, policy = page
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return send_response(connection, 200, content, "text/html; charset=utf-8", headers)
+
+
+@functools.lru_cache(maxsize=1)
+def load_page() -> tuple[bytes, str] | None:
+    """The console page and its Content-Security-Policy, which names its script and style."""
+    try:
+        content = (Path(__file__).parent / "web" / "console.html").read_bytes()
+    except OSError:
+        return None
+    hashes = {
+        tag: [
+            f"'sha256-{b64encode(hashlib.sha256(part).digest()).decode()}'"
+            for part in re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
+        ]
+        for tag in (b"script", b"style")
+    }
+    return content, (
+        f"default-src 'none'; script-src {' '.join(hashes[b'script'])}; "
+        f"style-src {' '.join(hashes[b'style'])}; connect-src 'self' ws: wss:; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+# A degraded service still serves; a degraded backplane loses what others broadcast.
+_ILL = {False: ("failed",), True: ("failed", "degraded")}
+
+
+def answer_health(connection: Connection, body: bytes) -> None:
+    """GET /health: 200 while everything works, 503 with the reason otherwise."""
+    manager = connection.manager
+    if manager.is_draining:
+        return send_response(connection, 503, dumps({"status": "draining"}))
+    ill = {
+        name: service.get_status()
+        for name, service in manager.services.items()
+        if service.state in _ILL[service is manager.backplane]
+    }
+    if ill:
+        return send_response(connection, 503, encode_json({"status": "unhealthy", "services": ill}))
+    return send_response(connection, 200, b'{"status":"healthy"}')
+
+
+def answer_status(connection: Connection, body: bytes) -> None:
+    """GET /api/status: the status object."""
+    send_response(connection, 200, connection.manager.encode_status())
+
+
+def answer_ws(connection: Connection, body: bytes) -> None:
+    """GET /ws without an upgrade."""
+    raise _upgrade_required()
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """A JSON body that must be an object. Raises Refused."""
+    try:
+        value = loads(body)
+    except JSONDecodeError:
+        raise Refused("invalid_json", "the body is not valid JSON in UTF-8") from None
+    if not isinstance(value, dict):
+        raise Refused("invalid_request", "the body must be a JSON object")
+    return value
+
+
+def answer_execute(connection: Connection, body: bytes) -> None:
+    """POST /api/execute_command: run a command, answer as the raw door would."""
+    client = HttpClient(connection, connection.name)
+    connection.door = client
+    message = {"method": "execute_command", "params": read_object(body)}
+    request = Request(client, None, None, len(body))
+    request.deliver(handle_request(request, message))
+
+
+def answer_notify(connection: Connection, body: bytes) -> None:
+    """POST /api/notify: broadcast a notification; 202 with how many clients it went to."""
+    given = read_object(body)
+    try:
+        data = notification(given.get("message"), given.get("level", "info"))
+    except ValueError as error:
+        raise Refused("invalid_params", str(error)) from None
+    connection.manager.spawn(_publish_notification(connection, data))
+
+
+async def _publish_notification(connection: Connection, data: dict[str, str]) -> None:
+    try:
+        clients = await connection.manager.publish("notification", data)
+    except Unavailable as error:
+        return refuse_http(connection, Refused("unavailable", str(error)))
+    return send_response(connection, 202, dumps({"clients": clients}))
+
+
+def answer_rpc(connection: Connection, body: bytes) -> None:
+    """POST /rpc: JSON-RPC 2.0."""
+    client = JsonRpcHttpClient(connection, connection.name)
+    connection.door = client
+    try:
+        message = loads(body)
+    except JSONDecodeError:
+        request = JsonRpcRequest(client, None, len(body), None)
+        return client.finish(request.fail("invalid_json", "the body is not valid JSON in UTF-8"))
+    answer = handle_json_rpc(client, message, len(body))
+    messages = message if isinstance(message, list) else [message]
+    if answer is not None or all(map(_is_notification, messages)):
+        client.finish(answer)
+    return None
+
+
+class JsonRpcHttpClient(HttpClient):
+    """One POST to /rpc; its status is 200 whatever the answer says, 204 for no answer."""
+
+    __slots__ = ()
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        if b'"command_progress"' not in envelope[:48]:  # HTTP has one answer
+            self.finish(envelope)
+
+    def finish(self, answer: bytes | None) -> None:
+        """Send the response."""
+        send_response(self.connection, 204 if answer is None else 200, answer or b"")
+
+
+def answer_metrics(connection: Connection, body: bytes) -> None:
+    """GET /metrics: Prometheus text format."""
+    text = render_metrics(connection.manager)
+    send_response(connection, 200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def render_metrics(manager: WebSocketManager) -> str:
+    """All metrics in Prometheus text format 0.0.4."""
+    metrics = manager.metrics
+    doors = {"raw": len(manager.raw), "socket.io": len(manager.sessions)}
+    states = {
+        f'{{service="{_label(name)}",state="{service.state}"}}': 1
+        for name, service in manager.services.items()
+    }
+    lines: list[str] = []
+    add = functools.partial(_add_metric, lines)
+    add("clients", "gauge", "Clients connected, by door.", _by("door", doors))
+    add("sockets", "gauge", "Sockets open, HTTP and handshakes included.", len(manager.connections))
+    add("received_bytes_total", "counter", "Bytes read from sockets.", manager.bytes_in)
+    add("received_messages_total", "counter", "WebSocket messages read.", manager.messages_in)
+    add("sent_messages_total", "counter", "Answers and broadcasts written.",
+        manager.messages_out + manager.deliveries)  # fmt: skip
+    add("sent_bytes_total", "counter", "Bytes written to WebSockets.", manager.bytes_out)
+    add("broadcasts_total", "counter", "Broadcasts accepted.", manager.broadcasts)
+    add("deliveries_total", "counter", "Broadcasts written, each client one.", manager.deliveries)
+    add("commands_total", "counter", "Commands, methods and events ended, by result.",
+        _by("result", metrics.commands))  # fmt: skip
+    _add_histogram(lines, metrics)
+    add("dropped_total", "counter", "Clients dropped, by reason.", _by("reason", metrics.drops))
+    add("refused_total", "counter", "Requests refused, by reason.", _by("reason", metrics.refusals))
+    add("service_state", "gauge", "1 for the state each service is in.", states)
+    add("loop_lag_seconds", "gauge", "How late the loop's last tick was.", metrics.loop_lag_s)
+    add("resident_memory_bytes", "gauge", "Resident memory of the process.", resident_bytes())
+    return "\n".join(lines) + "\n"
+
+
+def _label(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _by(label: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f'{{{label}="{_label(key)}"}}': value for key, value in values.items()}
+
+
+def _add_metric(
+    lines: list[str], name: str, kind: str, help: str, values: float | Mapping[str, float]
+) -> None:
+    lines += [f"# HELP karna_{name} {help}", f"# TYPE karna_{name} {kind}"]
+    if not isinstance(values, Mapping):
+        values = {"": values}
+    lines += [f"karna_{name}{labels} {value}" for labels, value in values.items()]
+
+
+def _add_histogram(lines: list[str], metrics: Metrics) -> None:
+    name = "karna_command_duration_seconds"
+    lines += [f"# HELP {name} How long commands, methods and events took."]
+    lines += [f"# TYPE {name} histogram"]
+    total = 0
+    for limit, count in zip((*LATENCY_BUCKETS_S, math.inf), metrics.latency_buckets, strict=True):
+        total += count
+        shown = "+Inf" if limit == math.inf else f"{limit:g}"
+        lines.append(f'{name}_bucket{{le="{shown}"}} {total}')
+    lines += [f"{name}_sum {metrics.latency_sum_s}", f"{name}_count {total}"]
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+ROUTES: dict[str, dict[str, Callable[[Connection, bytes], None]]] = {
+    "/": {"GET": answer_page},
+    "/health": {"GET": answer_health},
+    "/api/status": {"GET": answer_status},
+    "/api/execute_command": {"POST": answer_execute},
+    "/api/notify": {"POST": answer_notify},
+    "/rpc": {"POST": answer_rpc},
+    "/metrics": {"GET": answer_metrics},
+    "/ws": {"GET": answer_ws},
+    "/ws/": {"GET": answer_ws},
+}
+DOORS = {
+    "/ws": "WebSocket: JSON requests, one a message",
+    "/socket.io/": "Socket.IO: websocket transport, namespaces / and /ws",
+    "/": "GET: console page",
+    "/health": "GET: is everything well",
+    "/api/status": "GET: status of the services",
+    "/api/execute_command": 'POST {"command": "...", ...params}: run a command',
+    "/api/notify": 'POST {"message": "...", "level": "info"}: notify every client',
+    "/rpc": "POST: JSON-RPC 2.0",
+    "/metrics": "GET: Prometheus metrics",
+}
+
+
+# --- 9 server ----------------------------------------------------------------------------------
+# Bind first, then start services; at the end let commands finish, tell every client to come back
+# (1012), and cut those that don't listen.
+
+SHUTDOWN_CLOSE_S = 2.0  # a peer that ignores our close must not hold up a restart
+CANCEL_S = 5.0  # for cancelled commands to clean up; services.CANCEL_WAIT_S is inside
+BACKLOG = 512  # connections the kernel completes while we are busy
+
+
+class Server:
+    """A server that runs: where it listens, and how to end it."""
+
+    def __init__(self, manager: WebSocketManager, config: Config) -> None:
+        self.manager = manager
+        self.config = config
+        self.sockets: list[socket.socket] = []
+        self._websocket_server: WebSocketServer | None = None
+        self._monitor = Monitor(())
+        self._sweep: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._unix_file: tuple[int, int] | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port it listens on; 0 on a Unix socket."""
+        name = self.sockets[0].getsockname()
+        return name[1] if isinstance(name, tuple) else 0
+
+    async def start(self) -> None:
+        """Bind, then start the services. Raises StartError, in one line that names the mend."""
+        manager = self.manager
+        if manager.loop is not None:
+            raise StartError("this manager is served already")
+        check_binding(self.config)
+        manager.configure(self.config)
+        manager.is_draining = False
+        self._websocket_server = await self._bind()
+        self.sockets = list(self._websocket_server.sockets)
+        manager.loop = asyncio.get_running_loop()
+        self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
+        self._sweep.add_done_callback(self._sweep_ended)
+        self._monitor = Monitor(manager.services.values())
+        self._monitor.start()
+
+    async def _bind(self) -> WebSocketServer:
+        config = self.config
+        options: dict[str, Any] = {
+            "create_connection": functools.partial(Connection, self.manager),
+            "compression": None,  # 64 KiB a client, and a small message could unpack to gigabytes
+            "ping_interval": None,  # one sweep pings all
+            "max_size": config.max_message_bytes,
+            "open_timeout": config.open_timeout_s,
+            "close_timeout": config.close_timeout_s,
+            "logger": _library_log,
+            "backlog": BACKLOG,
+        }
+        if config.certfile:
+            options["ssl"] = make_tls_context(config)
+        try:
+            inherited = inherited_socket()
+            if inherited is not None:
+                check_inherited(config, inherited)
+                is_unix = inherited.family == socket.AF_UNIX
+                serve = websockets_unix_serve if is_unix else websockets_serve
+                return await serve(_unused_handler, sock=inherited, **options)
+            if config.unix is not None:
+                return await self._bind_unix(config.unix, options)
+            if config.reuse_port:
+                options["reuse_port"] = True
+            return await websockets_serve(_unused_handler, config.host, config.port, **options)
+        except OSError as error:
+            raise StartError(_explain_bind(config, error)) from None
+
+    async def _bind_unix(self, path: str, options: dict[str, Any]) -> WebSocketServer:
+        if _is_served(path):
+            raise StartError(f"{path} is in use by another server; choose another with --unix")
+        # Whoever can write to the socket can execute commands: only its owner may.
+        mask = os.umask(0o177)
+        try:
+            server = await websockets_unix_serve(_unused_handler, path, **options)
+        finally:
+            os.umask(mask)
+        found = os.stat(path)
+        self._unix_file = (found.st_dev, found.st_ino)
+        return server
+
+    def _sweep_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self.manager.log_error("sweep ended", task.exception() or RuntimeError("without error"))
+            self.close()
+
+    def close(self) -> asyncio.Task[None]:
+        """Begin to stop; the task it returns ends when everything has."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        return self._closing
+
+    async def wait_closed(self) -> None:
+        """Wait until the server has stopped."""
+        while self._closing is None:
+            assert self._sweep is not None
+            await asyncio.wait([self._sweep])
+            await asyncio.sleep(0)
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        manager = self.manager
+        manager.is_draining = True
+        log.info("stopping: %d clients", manager.count_clients())
+        await self._finish_commands()
+        assert self._websocket_server is not None
+        self._websocket_server.close(close_connections=False)
+        for connection in tuple(manager.connections):
+            connection.close(CloseCode.SERVICE_RESTART, "service restart")
+        await self._wait_for_peers(min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S))
+        for connection in tuple(manager.connections):
+            connection.transport.abort()
+        await self._wait_for_peers(1.0)
+        await self._monitor.stop()
+        await self._cancel_tasks()
+        await self._websocket_server.wait_closed()
+        self._remove_unix_file()
+        manager.loop = None
+        log.info("stopped")
+
+    async def _finish_commands(self) -> None:
+        """Running commands get their grace, then they are cancelled and their clients told."""
+        manager = self.manager
+        if manager.tasks:
+            await asyncio.wait(tuple(manager.tasks), timeout=self.config.grace_s)
+        clients: list[Client] = [*manager.raw]
+        for members in manager.sockets.values():
+            clients += members
+        for client in clients:
+            if client.calls is not None:
+                client.calls.stop()
+        if manager.tasks:
+            await asyncio.wait(tuple(manager.tasks), timeout=CANCEL_S)
+
+    async def _wait_for_peers(self, limit_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + limit_s
+        while self.manager.connections and loop.time() < until:
+            waiters = [connection.connection_lost_waiter for connection in self.manager.connections]
+            await asyncio.wait(waiters, timeout=until - loop.time())
+
+    async def _cancel_tasks(self) -> None:
+        tasks = [*self.manager.tasks]
+        if self._sweep is not None:
+            tasks.append(self._sweep)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCEL_S)
+
+    def _remove_unix_file(self) -> None:
+        path = self.config.unix
+        if path is None or self._unix_file is None:
+            return
+        try:
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) == self._unix_file:  # not a successor's
+                os.unlink(path)
+        except OSError:
+            pass  # gone already
+
+
+_library_log = logging.getLogger("karna_ws.websockets")
+_library_log.setLevel(logging.ERROR)  # it would log each connection twice
+
+
+async def _unused_handler(connection: ServerConnection) -> None:
+    """`websockets.serve` wants a handler; a Connection never calls it."""
+
+
+def check_binding(config: Config) -> None:
+    """Refuse to listen beyond this machine without a token. Raises StartError."""
+    if config.unix is not None or config.token is not None or config.insecure_no_token:
+        return
+    if not is_loopback(config.host):
+        raise StartError(
+            f"listening on {config.host or 'all addresses'} lets others command this machine: set "
+            "a token (--token or KARNA_TOKEN), or accept that with --insecure-no-token"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Do all addresses of this host belong to this machine alone?"""
+    if not host:
+        return False
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"host {host!r} is no address of this machine: {error}") from None
+    addresses = [str(address[0]) for *_, address in found]
+    return all(a.startswith("127.") or a in ("::1", "0:0:0:0:0:0:0:1") for a in addresses)
+
+
+def inherited_socket() -> socket.socket | None:
+    """The listening socket that systemd passed, if it did (sd_listen_fds)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise StartError("exactly one socket can be taken over (LISTEN_FDS)")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)  # not for programs that we start
+    inherited = socket.socket(fileno=3)
+    inherited.set_inheritable(False)
+    return inherited
+
+
+def check_inherited(config: Config, inherited: socket.socket) -> None:
+    """The rule of `check_binding`, for a socket that was bound by another."""
+    name = inherited.getsockname()
+    if isinstance(name, tuple):
+        check_binding(replace(config, host=name[0]))
+
+
+def _is_served(path: str) -> bool:
+    """Does a server accept connections on this Unix socket?"""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise StartError(f"{path} exists and is no socket; choose another with --unix")
+            probe.settimeout(1.0)
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _explain_bind(config: Config, error: OSError) -> str:
+    where = config.unix or f"{config.host}:{config.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use; choose another with {'--unix' if config.unix else '--port'}"
+    if error.errno == errno.EACCES:
+        return f"not allowed to listen on {where}; choose another with --port, 1024 or more"
+    return f"can't listen on {where}: {error.strerror or error}"
+
+
+def make_tls_context(config: Config) -> Any:
+    """The TLS context of --certfile and --keyfile. Raises StartError."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cast(str, config.certfile), config.keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"can't use the TLS certificate {config.certfile}: {error}") from None
+    return context
+
+
+def make_config(options: Mapping[str, Any]) -> Config:
+    """Config from keyword options. Raises TypeError or ValueError that names the option."""
+    values = dict(options)
+    for name in ("allow_origin", "allow_host", "namespaces"):
+        if name in values:
+            given = values[name]
+            values[name] = (given,) if isinstance(given, str) else tuple(given or ())
+    return Config(**values)
+
+
+@asynccontextmanager
+async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Server]:
+    """Serve while the block runs: `async with serving(manager, port=0) as server`.
+
+    Options are those of Config. Raises StartError when the server can't start, ValueError or
+    TypeError for a wrong option.
+    """
+    server = Server(manager, make_config(options))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+async def serve(manager: WebSocketManager, **options: Any) -> None:
+    """Serve until SIGTERM, SIGINT or cancellation, then stop gracefully.
+
+    Options and errors are those of `serving`. A second signal ends the process at once.
+    """
+    async with serving(manager, **options) as server:
+        with stopping_on_signals(server):
+            await server.wait_closed()
+
+
+@contextmanager
+def stopping_on_signals(server: Server) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGINT stop the server."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals; the program decides
+        return
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        if server.manager.is_draining:
+            os._exit(128 + number)
+        log.info("%s: stopping", signal.Signals(number).name)
+        server.close()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+# --- 10 main -----------------------------------------------------------------------------------
+# Flags and environment variables are made from the fields of Config.
+
+GROUPS = {
+    "where": "where to listen",
+    "who": "who may come in",
+    "limits": "limits",
+    "heartbeat": "heartbeat and Socket.IO",
+    "recovery": "recovery and scale-out",
+    "commands": "commands and models",
+    "run": "running",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: one flag for each option, grouped."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="karna_ws.py",
+        description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
+        epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "
+        "lists are separated by commas there.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
+    )
+    parser.add_argument("--version", action="version", version=f"karna_ws {__version__}")
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for option in fields(Config):
+        _add_flag(groups[option.metadata["group"]], option)
+    _add_host_flags(groups)
+    return parser
+
+
+def _add_flag(group: Any, option: Any) -> None:
+    name, default = option.name, option.default
+    flag = "--" + (option.metadata["flag"] or name.replace("_", "-"))
+    help = option.metadata["help"]
+    given = _environment(flag)
+    if isinstance(default, bool):
+        switch = default if given is None else _read_bool(flag, given)
+        group.add_argument(
+            "--no-" + flag[2:] if default else flag, dest=name, action="store_const",
+            const=not default, default=switch, help=help,
+        )  # fmt: skip
+    elif isinstance(default, tuple):
+        parts = [part.strip() for part in (given or "").split(",") if part.strip()]
+        group.add_argument(
+            flag, dest=name, action="append", default=parts,
+            metavar=option.metadata["metavar"], help=help + " (repeatable)",
+        )  # fmt: skip
+    else:
+        read = _READERS_OF_TYPES.get(str(option.type), str)
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(
+            flag, dest=name, type=read, default=default if given is None else given,
+            metavar=option.metadata["metavar"] or name.upper(), help=help + shown,
+        )  # fmt: skip
+
+
+_READERS_OF_TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "float | None": float,
+}  # fmt: skip
+
+
+def _environment(flag: str) -> str | None:
+    return os.environ.get("KARNA_" + flag.lstrip("-").replace("-", "_").upper()) or None
+
+
+def _read_bool(flag: str, text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(f"KARNA_{flag[2:].replace('-', '_').upper()} must be 1 or 0, not {text!r}")
+    return words[text.lower()]
+
+
+def _add_host_flags(groups: Mapping[str, Any]) -> None:
+    """Flags of the program that are no options of `serve()`."""
+    group = groups["commands"]
+    programs = _environment("--allow-program")
+    group.add_argument(
+        "--allow-program", action="append", metavar="NAME[=PATH]",
+        default=programs.split(",") if programs else [],
+        help="make a program of this machine a command (repeatable)",
+    )  # fmt: skip
+    for kind in ("vision", "language"):
+        group.add_argument(
+            f"--{kind}-url", metavar="URL", default=_environment(f"--{kind}-url"),
+            help=f"OpenAI-compatible model server for {kind}, such as http://localhost:11434",
+        )  # fmt: skip
+        group.add_argument(
+            f"--{kind}-model", metavar="NAME", default=_environment(f"--{kind}-model"),
+            help="its model (default: the first it lists); "
+            f"its key comes from KARNA_{kind.upper()}_KEY",
+        )  # fmt: skip
+    groups["run"].add_argument(
+        "--log-level", metavar="LEVEL", default=_environment("--log-level") or "info",
+        type=str.lower, choices=("debug", "info", "warning", "error"),
+        help="debug, info, warning or error (default: info)",
+    )  # fmt: skip
+
+
+def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
+    """The manager that the command line describes. Raises ValueError that names the flag."""
+    vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
+    language = LanguageService(url=arguments.language_url, model=arguments.language_model)
+    manager = WebSocketManager(services=[vision, language])
+    for program in arguments.allow_program:
+        name, _, path = program.partition("=")
+        manager.commands.allow_program(name, path or None)
+    return manager
+
+
+def new_event_loop(name: str) -> asyncio.AbstractEventLoop:
+    """The event loop of that name; "auto" is uvloop where it is installed."""
+    if name != "asyncio":
+        try:
+            import uvloop
+
+            return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
+        except ImportError:
+            if name == "uvloop":
+                raise StartError("uvloop is not installed: pip install uvloop") from None
+    return asyncio.new_event_loop()
+
+
+def describe_server(server: Server) -> str:
+    """What a person reads at the start: the doors, who may come in, what to try."""
+    config = server.config
+    if config.unix is not None:
+        base, socket_base = f"unix:{config.unix}", f"unix:{config.unix}"
+    else:
+        host = _shown_host(server.sockets[0])
+        secure = "s" if config.certfile else ""
+        base = f"http{secure}://{host}:{server.port}"
+        socket_base = f"ws{secure}://{host}:{server.port}"
+    lines = [
+        f"Karna WS {__version__}",
+        f"  console    {base}/",
+        f"  raw        {socket_base}/ws",
+        f"  Socket.IO  {socket_base}/ws  (socket.io-client 3 or 4, transports: ['websocket'])",
+        f"  REST       {base}/api/status",
+        f"  JSON-RPC   {base}/rpc",
+        f"  metrics    {base}/metrics",
+        f"  open to    {_shown_access(config)}",
+        f"  try        {_shown_trial(config, base)}",
+    ]
+    return "\n".join(lines)
+
+
+def _shown_host(listening: socket.socket) -> str:
+    name = listening.getsockname()
+    if not isinstance(name, tuple) or name[0] in ("127.0.0.1", "0.0.0.0", "::", "::1"):
+        return "localhost"
+    return f"[{name[0]}]" if ":" in name[0] else str(name[0])
+
+
+def _shown_access(config: Config) -> str:
+    if config.unix is not None:
+        who = "the owner of the socket's file"
+    elif is_loopback(config.host):
+        who = "this machine, and pages served from it"
+    else:
+        who = f"everyone who reaches {config.host or 'this machine'}"
+    pages = f", and pages of {', '.join(config.allow_origin)}" if config.allow_origin else ""
+    token = "who know the token" if config.token else "without a token"
+    return f"{who}{pages}; {token}"
+
+
+def _shown_trial(config: Config, base: str) -> str:
+    token = ' -H "Authorization: Bearer $KARNA_TOKEN"' if config.token else ""
+    unix = f" --unix-socket {config.unix}" if config.unix else ""
+    url = "http://localhost" if config.unix else base
+    body = """ -H 'Content-Type: application/json' -d '{"command": "help"}'"""
+    return f"curl{unix}{token}{body} {url}/api/execute_command"
+
+
+def say(text: str) -> None:
+    """Print for a person; a closed stdout must not end the server."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        pass  # nobody reads
+
+
+def set_up_logging(level: str) -> None:
+    """One line an event on stderr; a log that can't be written is no reason to fail."""
+    logging.raiseExceptions = False
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
+    )
+
+
+async def run(manager: WebSocketManager, options: Mapping[str, Any]) -> None:
+    """Serve as `serve()` does, and say so."""
+    asyncio.get_running_loop().set_exception_handler(functools.partial(log_loop_error, manager))
+    async with serving(manager, **options) as server:
+        with stopping_on_signals(server):
+            say(describe_server(server))
+            await server.wait_closed()
+
+
+def log_loop_error(
+    manager: WebSocketManager, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
+) -> None:
+    """What asyncio could not tell anybody else, such as no descriptors left to accept with."""
+    exc = context.get("exception")
+    if manager.log_gate.admits(f"loop, {type(exc).__name__}"):
+        log.error("%s: %s", context["message"], exc)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server from flags and environment; the exit code."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        set_up_logging(arguments.log_level)
+        options = {option.name: getattr(arguments, option.name) for option in fields(Config)}
+        config = make_config(options)
+        manager = make_manager(arguments)
+        loop_factory = functools.partial(new_event_loop, config.loop)
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(run(manager, options))
+    except (StartError, ValueError) as error:
+        print(f"karna_ws: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2113 @@
+"""Services of Karna WS: what it can do, apart from how it is reached.
+
+This file knows nothing of WebSockets or of the wire's JSON: it takes a command line with parameters
+and gives back plain values, and it keeps a state for each service that a person can read.
+Only the standard library is needed; nothing happens at import time.
+
+Contents
+    limits        every number with its unit and its reason
+    errors        what a caller is told, each with its code
+    services      Service: state, detail, status; Monitor: starts, checks and retries them
+    commands      Context, Command, CommandProcessor: from a command line to a result
+    programs      programs of this machine as commands (--allow-program)
+    model server  client of any OpenAI-compatible HTTP endpoint
+    vision        VisionService: `describe`
+    language      LanguageService: `interpret` and `ask`
+
+A command is a function; its name, arguments and help come from its signature and docstring:
+
+    commands = CommandProcessor()
+
+    @commands.command
+    def greet(name: str, *, times: int = 1) -> str:
+        \"\"\"Greet somebody.\"\"\"
+        return ", ".join([f"hello {name}"] * times)
+
+    call = commands.prepare("greet Ada --times 2")     # raises UnknownCommand, UsageError
+    await commands.run(call, Context())                # "hello Ada, hello Ada"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import codecs
+import contextlib
+import contextvars
+import functools
+import inspect
+import logging
+import math
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import types
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
+from typing import get_args, get_origin, overload
+
+if TYPE_CHECKING:
+    from difflib import SequenceMatcher
+    from http.client import HTTPConnection, HTTPResponse
+
+__all__ = [
+    "Call", "Command", "CommandFailed", "CommandProcessor", "CommandTimeout", "Context",
+    "LanguageService", "Monitor", "Service", "ServiceError", "Unavailable", "UnknownCommand",
+    "UsageError", "VisionService",
+]  # fmt: skip
+
+log = logging.getLogger("karna.services")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Value = TypeVar("Value")
+
+
+# ---- limits ----------------------------------------------------------------------------------
+# Read when they are used, so a test can scale them.
+
+CANCEL_WAIT_S = 4.0  # a cancelled handler may clean up this long, then it is left behind
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0  # back-off of a failing service, doubled each time
+IDLE_THREAD_S = 10.0  # a thread with nothing to do ends after this
+MAX_NUMBER_DIGITS = 100  # int() takes quadratic time, and refuses more than 4,300 digits
+MAX_ERROR_CHARS = 1_000  # of an exception's text in an answer
+MAX_COUNTDOWN_S = 3_600.0
+
+TERM_WAIT_S = 2.0  # between SIGTERM and SIGKILL; below CANCEL_WAIT_S, which contains it
+KILL_WAIT_S = 0.5  # for the kernel to end it and us to be told
+PIPE_WAIT_S = 1.0  # for pipes that a child of an ended program still holds
+MAX_LINE_CHARS = 64 * 1024  # of a program's output in one progress report
+MAX_OUTPUT_CHARS = 256 * 1024  # of a program's output in the result: the last part is kept
+MAX_UNREAD_BYTES = 64 * 1024  # of a program's output in memory before reading pauses
+
+MODEL_CHECK_S = 4.0  # below the monitor's own limit, so that the detail names the server
+MODEL_CONNECT_S = 5.0
+MODEL_THREADS = 8  # requests to one model server at a time; further ones wait
+MAX_MODEL_LINE_BYTES = 256 * 1024  # one event of a stream holds one token, or few
+MAX_MODEL_BYTES = 4 * 1024 * 1024  # of one answer
+
+MAX_IMAGE_BYTES = 32 * 1024 * 1024
+MAX_IMAGE_SIDE = 65_535  # the most that JPEG and GIF can say
+MAX_IMAGE_PIXELS = 2**28  # 1 GiB once decoded: more is a decompression bomb
+MAX_JPEG_SEGMENTS = 1_000  # before the frame header; cameras write a few dozen
+
+MAX_INTERPRET_CHARS = 1_000
+MAX_INTERPRET_WORDS = 32
+MAX_MATCHES = 5
+
+
+# ---- errors ----------------------------------------------------------------------------------
+# One small tree. Each becomes an error answer with its code in exactly one place, the dispatcher.
+
+
+class ServiceError(Exception):
+    """What a service tells its caller; `data` holds further fields for the answer."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, **data: Any) -> None:
+        super().__init__(message)
+        self.data: dict[str, Any] = data
+
+
+class UnknownCommand(ServiceError):
+    """No command has this name; data["suggestions"] lists near names."""
+
+    code = "unknown_command"
+
+
+class UsageError(ServiceError):
+    """The caller's arguments are wrong; data["usage"] is the usage line."""
+
+    code = "usage"
+
+
+class CommandFailed(ServiceError):
+    """The handler raised, or cannot do what was asked."""
+
+    code = "command_failed"
+
+
+class CommandTimeout(ServiceError):
+    """The command ran into its time limit."""
+
+    code = "timeout"
+
+
+class Unavailable(ServiceError):
+    """A service, a model server or a program is not there now; later it may be."""
+
+    code = "unavailable"
+
+
+def explain(error: BaseException) -> str:
+    """An exception's text, or its type's name when it has none (or cannot tell)."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return text[:MAX_ERROR_CHARS] or type(error).__name__
+
+
+def as_service_error(error: BaseException, who: str) -> ServiceError:
+    """Turn whatever `who` raised into an error for its caller; a ServiceError stays as it is."""
+    if isinstance(error, ServiceError):
+        return error
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s raised", who, exc_info=error)
+    return CommandFailed(explain(error))
+
+
+# ---- services --------------------------------------------------------------------------------
+# A service has a state that it, or the monitor that starts and checks it, sets. A failing service
+# never takes the server down: it says so in its status and is tried again.
+
+State = Literal["starting", "running", "degraded", "failed", "stopped"]
+
+
+def utc_now() -> str:
+    """The time as RFC 3339 in UTC with milliseconds, such as '2026-01-31T12:00:00.123Z'."""
+    now = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """`text` fit for a log or a status: printable, on one line, at most `limit` characters."""
+    line = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
+    return " ".join(line.split())[:limit]
+
+
+class Service:
+    """Something the server does, with a state and one line of detail for a person.
+
+    Override `start`, `stop` and `check`; each is bounded in time by the monitor. Success of `start`
+    or `check` means running; `check` raises Unavailable to say degraded. A service that calls
+    `set_state` during `start` or `check` is believed.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: State = "starting"
+        self.detail = ""
+        self.since = utc_now()
+        self.on_change: Callable[[Service], None] | None = None  # state or detail changed
+        self.on_touch: Callable[[], None] | None = None  # get_status() answers differently
+        self.times_set = 0  # how often set_state was called: the monitor compares
+
+    async def start(self) -> None:
+        """Get ready; raise anything to be tried again later."""
+
+    async def stop(self) -> None:
+        """Let go of everything; called once, also after a failed start."""
+
+    async def check(self) -> None:
+        """Find out whether the service still works; called every few seconds."""
+
+    def set_state(self, state: State, detail: str = "") -> None:
+        """Say how the service is; callbacks run only when something changed."""
+        self.times_set += 1
+        detail = one_line(detail)
+        if (state, detail) == (self.state, self.detail):
+            return
+        if state != self.state:
+            self.since = utc_now()
+        self.state, self.detail = state, detail
+        level = logging.WARNING if state in ("degraded", "failed") else logging.INFO
+        log.log(level, "service %s is %s%s", self.name, state, detail and f": {detail}")
+        try:
+            self.touch()
+            if self.on_change is not None:
+                self.on_change(self)
+        except Exception:  # ours, not the service's: it must not end the watching
+            log.exception("a callback of service %s raised", self.name)
+
+    def touch(self) -> None:
+        """Tell that `get_status` answers differently now."""
+        if self.on_touch is not None:
+            self.on_touch()
+
+    def get_status(self) -> dict[str, Any]:
+        """{"state", "detail", "since"} and what a service adds."""
+        return {"state": self.state, "detail": self.detail, "since": self.since}
+
+
+class Tasks:
+    """Tasks with an owner: each can be ended in bounded time, and none ends unnoticed."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+        self._left: set[asyncio.Task[Any]] = set()  # ignored their cancellation
+
+    def spawn(self, work: Coroutine[Any, Any, Value], name: str) -> asyncio.Task[Value]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if task in self._left:
+            self._left.discard(task)
+            log.info("%s has ended after all%s", task.get_name(), error and f": {explain(error)}")
+
+    async def end(self, *tasks: asyncio.Task[Any]) -> None:
+        """Cancel tasks and wait a bounded time; one that ignores it is left behind, still owned."""
+        for task in tasks:
+            task.cancel()
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=CANCEL_WAIT_S)
+        finally:
+            for task in tasks:
+                if not task.done() and task not in self._left:
+                    self._left.add(task)
+                    log.warning("%s ignores its cancellation, left behind", task.get_name())
+
+    async def end_all(self) -> None:
+        await self.end(*(self._running - self._left))
+
+
+class Monitor:
+    """Starts services, checks them every `interval_s`, and tries failing ones again.
+
+    Nothing a service raises comes out of here, SystemExit included; each call of a service ends
+    after `timeout_s`. Delays after failures double from `retry_s` to `max_retry_s`, with jitter.
+    """
+
+    def __init__(
+        self,
+        services: Iterable[Service],
+        *,
+        interval_s: float = 5.0,
+        timeout_s: float = 5.0,
+        retry_s: float = RETRY_FIRST_S,
+        max_retry_s: float = RETRY_MAX_S,
+    ) -> None:
+        self.services = list(services)
+        self.interval_s = interval_s
+        self.timeout_s = timeout_s
+        self.retry_s = retry_s
+        self.max_retry_s = max_retry_s
+        self._tasks = Tasks()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to start and to watch the services, in one task of its own."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._watch_all(), name="monitor")
+
+    async def stop(self) -> None:
+        """End the watching, then stop the services, the last one first."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.wait({task})
+        await self._tasks.end_all()
+        for service in reversed(self.services):
+            error = await self._attempt(service, service.stop)
+            service.set_state("stopped", "" if error is None else explain(error))
+
+    async def _watch_all(self) -> None:
+        await asyncio.gather(*(self._watch(service) for service in self.services))
+
+    async def _watch(self, service: Service) -> None:
+        failures = 0
+        started = False
+        while True:
+            if not started:
+                started = await self._step(service, service.start, "failed")
+            healthy = started and await self._step(service, service.check, "degraded")
+            failures = 0 if healthy else failures + 1
+            await asyncio.sleep(self._delay_s(failures))
+
+    async def _step(
+        self, service: Service, action: Callable[[], Awaitable[None]], otherwise: State
+    ) -> bool:
+        """Do one start or check and set the state it shows; false when it failed."""
+        times_set = service.times_set
+        error = await self._attempt(service, action)
+        if error is not None:
+            service.set_state(otherwise, explain(error))
+        elif service.times_set == times_set and action == service.check:
+            # Only now: a start that succeeds before a check that fails is no change to "running".
+            service.set_state("running", service.detail if service.state == "running" else "")
+        return error is None
+
+    async def _attempt(
+        self, service: Service, action: Callable[[], Awaitable[None]]
+    ) -> BaseException | None:
+        """Call `action` for at most `timeout_s`; what it raised is the result."""
+        task = self._tasks.spawn(_outcome(action), f"service {service.name} {action.__name__}")
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self.timeout_s)
+        except asyncio.CancelledError:
+            await self._tasks.end(task)
+            raise
+        if done:
+            return asyncio.CancelledError() if task.cancelled() else task.result()
+        await self._tasks.end(task)
+        return Unavailable(f"no answer to {action.__name__} within {self.timeout_s:g} s")
+
+    def _delay_s(self, failures: int) -> float:
+        if not failures:
+            return self.interval_s
+        delay = min(self.retry_s * 2.0 ** min(failures - 1, 30), self.max_retry_s)
+        return delay * random.uniform(0.75, 1.25)  # jitter: nodes that failed together part
+
+
+async def _outcome(action: Callable[[], Awaitable[None]]) -> BaseException | None:
+    """Await `action` and return what it raised: a task that raises SystemExit ends the loop."""
+    try:
+        await action()
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        log.debug("a service raised", exc_info=True)
+        return error
+    return None
+
+
+# ---- commands --------------------------------------------------------------------------------
+# Everything that can be known about a command is worked out when it is registered, so that a
+# message costs one split, one look-up and the conversion of its words.
+
+
+class Context:
+    """What a command may ask for: its client, and a way to report progress.
+
+    A parameter annotated `Context` receives it; it is not part of the usage.
+    `send_progress` may return an awaitable, which is awaited: a client slow to read slows its
+    command. Once the command has ended, both ways of reporting raise CommandFailed, which ends a
+    handler that ignored its cancellation and a thread that cannot be cancelled at all.
+    """
+
+    __slots__ = ("_ended", "_loop", "_loop_thread", "_report", "_send", "client")
+
+    def __init__(
+        self,
+        client: Any = None,
+        send_progress: Callable[[Any], Awaitable[None] | None] | None = None,
+    ) -> None:
+        self.client = client
+        self._send = send_progress
+        self._ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
+        self._report: Any = None  # the future a thread waits for in report()
+
+    async def progress(self, value: Any) -> None:
+        """Report from an `async def` command; waits while the client is slow to read."""
+        if self._ended:
+            raise CommandFailed("the command has ended")
+        if self._send is not None:
+            waiting = self._send(value)
+            if waiting is not None:
+                await waiting
+
+    def report(self, value: Any) -> None:
+        """Report from a plain `def` command, in its thread; blocks until the value is taken."""
+        from concurrent.futures import CancelledError
+
+        if self._ended or self._loop is None:
+            raise CommandFailed("the command has ended")
+        if threading.get_ident() == self._loop_thread:
+            raise RuntimeError("report() is for threads: use `await context.progress(...)` here")
+        self._report = asyncio.run_coroutine_threadsafe(self.progress(value), self._loop)
+        if self._ended:  # between the first look and the assignment
+            self._report.cancel()
+        try:
+            self._report.result()
+        except CancelledError:
+            raise CommandFailed("the command has ended") from None
+
+    def begin(self) -> None:
+        """Called when the command starts, on the loop that runs it."""
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+
+    def end(self) -> None:
+        """Called when the command has its outcome: nothing may be reported after it."""
+        self._ended = True
+        if self._report is not None:
+            self._report.cancel()
+
+
+class Kind(NamedTuple):
+    """A type of argument: how to take it from a word and from a JSON value.
+
+    Both raise ValueError with the words that follow the argument's name ("must be ...").
+    """
+
+    name: str
+    from_word: Callable[[str], Any]
+    from_json: Callable[[Any], Any]
+    nullable: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def take(self, value: Any) -> Any:
+        return self.from_word(value) if isinstance(value, str) else self.from_json(value)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _instance_of(kinds: tuple[type, ...], problem: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if type(value) not in kinds:  # exactly: bool is an int, and not meant here
+            raise ValueError(problem)
+        return value
+
+    return check
+
+
+def _refuse(problem: str) -> Callable[[Any], Any]:
+    def refuse(value: Any) -> Any:
+        raise ValueError(problem)
+
+    return refuse
+
+
+def _whole_number(word: str) -> int:
+    if len(word) > MAX_NUMBER_DIGITS or not re.fullmatch("[+-]?[0-9]+", word):
+        raise ValueError("must be a whole number")
+    return int(word)
+
+
+def _finite(value: Any) -> float:
+    try:
+        if isinstance(value, str) and ("_" in value or len(value) > MAX_NUMBER_DIGITS):
+            raise ValueError
+        number = float(value) if type(value) in (str, int, float) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+def _yes_or_no(word: str) -> bool:
+    answer = {"true": True, "yes": True, "on": True, "1": True,
+              "false": False, "no": False, "off": False, "0": False}.get(word.lower())  # fmt: skip
+    if answer is None:
+        raise ValueError("must be true or false")
+    return answer
+
+
+_ANY = Kind("any", _same, _same, nullable=True)
+_KINDS: dict[Any, Kind] = {
+    inspect.Parameter.empty: _ANY,
+    Any: _ANY,
+    object: _ANY,
+    str: Kind("str", _same, _refuse("must be a text")),
+    int: Kind("int", _whole_number, _instance_of((int,), "must be a whole number")),
+    float: Kind("float", _finite, _finite),
+    bool: Kind("bool", _yes_or_no, _instance_of((bool,), "must be true or false")),
+    bytes: Kind(
+        "bytes", _refuse("must be bytes"), _instance_of((bytes, bytearray), "must be bytes")
+    ),
+    list: Kind("list", _refuse("must be a list"), _instance_of((list,), "must be a list")),
+    dict: Kind("dict", _refuse("must be an object"), _instance_of((dict,), "must be an object")),
+}
+
+
+def kind_of(annotation: Any) -> Kind:
+    """The Kind of an annotation; TypeError when no command line could hold such a value."""
+    annotation = getattr(annotation, "__value__", annotation)  # `type X = ...` of Python 3.12
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind_of(inner[0])
+    if origin is Literal:
+        return _kind_of_literal(inner)
+    if origin in (Union, types.UnionType):
+        return _kind_of_union(inner)
+    if origin is list:
+        return _kind_of_list(kind_of(inner[0]))
+    try:
+        return _KINDS[origin or annotation]
+    except (KeyError, TypeError):
+        raise TypeError(f"{annotation!r} is no type of an argument: use str, int, float, bool, "
+                        "bytes, list, dict, Literal, Optional or Any") from None  # fmt: skip
+
+
+def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
+    choices = tuple(value for value in values if value is not None)
+    words = {str(c).lower() if isinstance(c, bool) else str(c): c for c in choices}
+    problem = f"must be one of {', '.join(words)}"
+    nullable = len(choices) < len(values)
+
+    def from_word(word: str) -> Any:
+        if word not in words:
+            raise ValueError(problem)
+        return words[word]
+
+    def from_json(value: Any) -> Any:
+        if value is None and nullable:
+            return None
+        for choice in choices:
+            if type(choice) is type(value) and choice == value:
+                return choice
+        raise ValueError(problem)
+
+    return Kind(type(choices[0]).__name__, from_word, from_json, nullable, choices)
+
+
+def _kind_of_union(members: tuple[Any, ...]) -> Kind:
+    kinds = [kind_of(member) for member in members if member is not type(None)]
+    nullable = type(None) in members or any(kind.nullable for kind in kinds)
+
+    def first(value: Any) -> Any:
+        if value is None and nullable:
+            return None
+        problems = []
+        for kind in kinds:
+            try:
+                return kind.take(value)
+            except ValueError as problem:
+                problems.append(str(problem))
+        raise ValueError(" or ".join(problems))
+
+    choices = tuple(choice for kind in kinds for choice in kind.choices)
+    return Kind("|".join(kind.name for kind in kinds), first, first, nullable, choices)
+
+
+def _kind_of_list(item: Kind) -> Kind:
+    def from_json(value: Any) -> list[Any]:
+        return [item.take(each) for each in _KINDS[list].from_json(value)]
+
+    return Kind(f"list[{item.name}]", _refuse("must be a list"), from_json)
+
+
+_REQUIRED: Any = inspect.Parameter.empty
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One argument of a command, as its function declares it."""
+
+    name: str
+    kind: Kind
+    default: Any = _REQUIRED
+    is_option: bool = False
+    is_repeated: bool = False
+
+    @property
+    def is_required(self) -> bool:
+        if self.is_repeated:
+            return not self.kind.nullable
+        return self.default is _REQUIRED
+
+    @property
+    def is_flag(self) -> bool:
+        return self.is_option and self.kind is _KINDS[bool]
+
+    @property
+    def label(self) -> str:
+        """As messages name it: 'TEXT' or '--level'."""
+        return "--" + self.name.replace("_", "-") if self.is_option else self.name.upper()
+
+    @property
+    def usage(self) -> str:
+        """As the usage line shows it: 'TEXT...', '[NAME]', '[--level info|warning]'."""
+        text = "|".join(map(str, self.kind.choices)) or self.name.upper()
+        if self.is_flag:
+            text = self._flag_usage()
+        elif self.is_option:
+            text = f"{self.label} {text}"
+        if not self.is_required:
+            text = f"[{text}]"
+        return text + "..." if self.is_repeated else text
+
+    def _flag_usage(self) -> str:
+        no = "--no-" + self.label[2:]
+        if self.is_required:
+            return f"{self.label}|{no}"
+        return no if self.default is True else self.label
+
+    def describe(self) -> dict[str, Any]:
+        """As `help` shows it."""
+        shown: dict[str, Any] = {
+            "name": self.name,
+            "type": self.kind.name,
+            "required": self.is_required,
+        }
+        if isinstance(self.default, str | int | float | None):
+            shown["default"] = self.default
+        if self.kind.choices:
+            shown["choices"] = list(self.kind.choices)
+        if self.is_repeated:
+            shown["repeated"] = True
+        if self.is_option:
+            shown["option"] = self.label
+        return shown
+
+    def take(self, value: Any) -> Any:
+        """Convert one word or JSON value; ValueError with a sentence for the caller."""
+        try:
+            return self.kind.take(value)
+        except ValueError as problem:
+            shown = repr(value[:40]) if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"{self.label} {problem}, not {shown}") from None
+
+
+_COMMON_STEMS = frozenset(
+    ("the", "and", "for", "with", "that", "this", "what", "are", "you", "can", "from", "into")
+)
+
+
+def _stems(text: str) -> set[str]:
+    """The telling words of a text, cut to five letters: 'counts' and 'counting' are one."""
+    return {word[:5] for word in re.findall(r"\w{3,}", text.lower())} - _COMMON_STEMS
+
+
+class Command:
+    """A function made into a command: its tables are compiled here, once.
+
+    Positional parameters become words, keyword-only ones options (`--name VALUE`, `--name=VALUE`,
+    `--flag`, `--no-flag`), and `*words` takes one word or more; none will do when its type allows
+    None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
+    `params` instead. `inline` marks a plain function that never blocks and runs on the loop.
+    Raises TypeError or ValueError, at registration, for what no command line could call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        inline: bool = False,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"a command is made from a function, not from {function!r}")
+        self.function = function
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.aliases = tuple(aliases)
+        self.names = (self.name, *self.aliases)
+        for each in self.names:
+            if not re.fullmatch(r"[^\s\"'\\]+", each) or not each.isprintable():
+                raise ValueError(f"a command's name is one word without quotes, not {each!r}")
+        self.help = inspect.cleandoc(getattr(function, "__doc__", None) or "")
+        self.summary = self.help.partition("\n")[0]
+        self.stems = _stems(self.help)
+        self.inline = inline
+        self.runs = _way_to_run(function, inline, self.name)
+        self._read_signature()
+        self.arguments = [each.describe() for each in self._parameters]
+        self.usage = " ".join([self.name, *(each.usage for each in self._parameters)])
+        if self._extra is not None:
+            self.usage += " [--NAME VALUE]..."
+
+    def _read_signature(self) -> None:
+        try:
+            signature = inspect.signature(self.function, eval_str=True)
+        except NameError as error:
+            raise TypeError(f"command {self.name}: unknown annotation: {error}") from None
+        self._parameters: list[Parameter] = []
+        self._positional: list[Parameter | None] = []  # None is the place of the Context
+        self._repeated: Parameter | None = None
+        self._extra: Parameter | None = None
+        self.context_at: int | None = None
+        self.context_name: str | None = None
+        for declared in signature.parameters.values():
+            self._read_parameter(declared)
+        # Positional arguments first, as people write them; keeps the declared order of each.
+        self._parameters.sort(key=lambda parameter: parameter.is_option)
+        self._by_name = {parameter.name: parameter for parameter in self._parameters}
+        self._has_options = bool(self._extra) or any(p.is_option for p in self._parameters)
+        self._needed_options = [p for p in self._parameters if p.is_option and p.is_required]
+        self._compile_shortcuts()
+
+    def _read_parameter(self, declared: inspect.Parameter) -> None:
+        if Context in (declared.annotation, *get_args(declared.annotation)):
+            return self._read_context(declared)
+        try:
+            kind = kind_of(declared.annotation)
+        except TypeError as error:
+            raise TypeError(f"command {self.name}, parameter {declared.name}: {error}") from None
+        parameter = Parameter(
+            declared.name,
+            kind,
+            declared.default,
+            is_option=declared.kind is declared.KEYWORD_ONLY,
+            is_repeated=declared.kind is declared.VAR_POSITIONAL,
+        )
+        if declared.kind is declared.VAR_KEYWORD:
+            self._extra = parameter
+            return None
+        self._parameters.append(parameter)
+        if parameter.is_repeated:
+            self._repeated = parameter
+        elif not parameter.is_option:
+            self._positional.append(parameter)
+        return None
+
+    def _read_context(self, declared: inspect.Parameter) -> None:
+        if self.inline:
+            raise TypeError(f"command {self.name}: an inline command has no Context")
+        self.context_name = declared.name
+        if declared.kind is not declared.KEYWORD_ONLY:
+            self.context_at = len(self._positional)
+            self._positional.append(None)
+
+    def _compile_shortcuts(self) -> None:
+        """The two commonest shapes are bound without a loop: only words, and nothing at all."""
+        words = self._repeated is not None and self._repeated.kind in (_KINDS[str], _ANY)
+        self._only_words = words and not self._positional and not self._has_options
+        self._bare: list[Any] | None = None
+        with contextlib.suppress(ValueError):
+            self._bare = self._arrange({})[0]
+
+    def bind(
+        self, words: Sequence[str], params: Mapping[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Convert words and named parameters to the function's arguments; raises UsageError.
+
+        The Context's place is left open: `run` fills it.
+        """
+        if not params:
+            if words:
+                if self._only_words:
+                    return list(words), {}
+            elif self._bare is not None:
+                return self._bare[:], {}
+        given: dict[str, Any] = {}
+        try:
+            rest = self._take_options(words, given) if self._has_options else words
+            self._take_words(rest, given)
+            self._take_params(params, given)
+            return self._arrange(given)
+        except ValueError as problem:
+            raise self.usage_error(str(problem)) from None
+
+    def usage_error(self, problem: str) -> UsageError:
+        return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
+
+    def _take_options(self, words: Sequence[str], given: dict[str, Any]) -> list[str]:
+        """Take `--name VALUE` and its like out of the words, up to a `--`."""
+        rest: list[str] = []
+        left = iter(words)
+        for word in left:
+            if word == "--":
+                rest.extend(left)
+            elif word.startswith("--"):
+                self._take_option(word, left, given)
+            else:
+                rest.append(word)
+        return rest
+
+    def _take_option(self, word: str, left: Iterator[str], given: dict[str, Any]) -> None:
+        label, equals, value = word.partition("=")
+        name = label[2:].replace("-", "_")
+        parameter = self._by_name.get(name)
+        if parameter is not None and parameter.is_flag and not equals:
+            return self._give(parameter, True, given)
+        negated = self._by_name.get(name.removeprefix("no_"))
+        if parameter is None and negated is not None and negated.is_flag and not equals:
+            return self._give(negated, False, given)
+        if parameter is None or not parameter.is_option:
+            parameter = self._extra_named(name, f"unknown option {label[:40]!r}")
+        if not equals:
+            try:
+                value = next(left)
+            except StopIteration:
+                raise ValueError(f"{label[:40]} needs a value") from None
+        return self._give(parameter, value, given)
+
+    def _take_words(self, words: Sequence[str], given: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in self._positional if parameter is not None]
+        for parameter, word in zip(parameters, words, strict=False):
+            given[parameter.name] = parameter.take(word)
+        further = words[len(parameters) :]
+        if further and self._repeated is None:
+            raise ValueError(f"too many arguments, from {further[0][:40]!r} on")
+        if further and self._repeated is not None:
+            given[self._repeated.name] = [self._repeated.take(word) for word in further]
+
+    def _take_params(self, params: Mapping[str, Any], given: dict[str, Any]) -> None:
+        for name, value in params.items():
+            parameter = self._by_name.get(name)
+            if parameter is None:
+                parameter = self._extra_named(name, f"unknown parameter {name[:40]!r}")
+            self._give(parameter, value, given)
+
+    def _extra_named(self, name: str, problem: str) -> Parameter:
+        """The parameter that **kwargs makes of `name`; the Context's name is never a client's."""
+        if self._extra is None or not name or name in {*self._by_name, self.context_name}:
+            raise ValueError(problem)
+        return Parameter(name, self._extra.kind, is_option=True)
+
+    def _give(self, parameter: Parameter, value: Any, given: dict[str, Any]) -> None:
+        if parameter.name in given:
+            raise ValueError(f"{parameter.label} is given twice")
+        if parameter.is_repeated:
+            values = value if isinstance(value, list) else [value]
+            given[parameter.name] = [parameter.take(each) for each in values]
+        else:
+            given[parameter.name] = parameter.take(value)
+
+    def _arrange(self, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Put what was given into the order of the signature; ValueError for what is missing."""
+        args: list[Any] = []
+        for parameter in self._positional:
+            args.append(None if parameter is None else _value_or_default(parameter, given))
+        if self._repeated is not None:
+            more = given.pop(self._repeated.name, ())
+            if not more and self._repeated.is_required:
+                raise ValueError(f"{self._repeated.label} is missing")
+            args.extend(more)
+        for parameter in self._needed_options:
+            if parameter.name not in given:
+                raise ValueError(f"{parameter.label} is missing")
+        return args, given  # what is left are options
+
+
+def _value_or_default(parameter: Parameter, given: dict[str, Any]) -> Any:
+    value = given.pop(parameter.name, parameter.default)
+    if value is _REQUIRED:
+        raise ValueError(f"{parameter.label} is missing")
+    return value
+
+
+def _way_to_run(function: Callable[..., Any], inline: bool, name: str) -> str:
+    """How a function is called: 'stream', 'async', 'inline' or 'thread'."""
+    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    for each in (function, target):
+        way = "stream" if inspect.isasyncgenfunction(each) else ""
+        way = way or ("async" if inspect.iscoroutinefunction(each) else "")
+        if way and inline:
+            raise TypeError(f"command {name}: inline is for plain functions")
+        if way:
+            return way
+    return "inline" if inline else "thread"
+
+
+class Call:
+    """A command with its arguments, ready to run once."""
+
+    __slots__ = ("args", "command", "kwargs")
+
+    def __init__(self, command: Command, args: list[Any], kwargs: dict[str, Any]) -> None:
+        self.command = command
+        self.args = args
+        self.kwargs = kwargs
+
+
+_PIECE = re.compile(
+    r"""(?P<blank>[ \t\r\n]+) | (?P<plain>[^ \t\r\n"'\\]+) | '(?P<single>[^']*)'
+    | "(?P<double>[^"\\]*(?:\\.[^"\\]*)*)" | \\(?P<escaped>.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_UNESCAPE = re.compile(r'\\(["\\])')
+
+
+def split_words(line: str) -> list[str]:
+    """Split a command line as a POSIX shell would: quotes and backslashes, nothing else.
+
+    Gives what shlex.split gives, in linear time with a small constant: a line may be 1 MiB long.
+    Raises UsageError for a quote that is not closed.
+    """
+    words: list[str] = []
+    word: list[str] | None = None  # '' is a word, nothing is not
+    at = 0
+    while at < len(line):
+        piece = _PIECE.match(line, at)
+        if piece is None:
+            what = "nothing to escape" if line[at] == "\\" else "no closing quote"
+            raise UsageError(f"the command line has {what} after {line[at]} at character {at + 1}")
+        at = piece.end()
+        if piece.lastgroup == "blank":
+            if word is not None:
+                words.append("".join(word))
+            word = None
+            continue
+        text: str = piece[piece.lastgroup or 0]
+        if piece.lastgroup == "double":
+            text = _UNESCAPE.sub(r"\1", text)
+        word = [] if word is None else word
+        word.append(text)
+    return words if word is None else [*words, "".join(word)]
+
+
+def _words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text[:MAX_INTERPRET_CHARS].lower())[:MAX_INTERPRET_WORDS]
+
+
+def rank(text: str, commands: Iterable[Command]) -> list[tuple[float, Command]]:
+    """Commands near to a free text, best first, each with a score above 0 and up to 1.
+
+    A word like a name or an alias counts most, words of the docstring less. The result depends on
+    nothing but its input; time is bounded by the limits on characters and words.
+    """
+    from difflib import SequenceMatcher
+
+    words, stems = _words_of(text), _stems(text[:MAX_INTERPRET_CHARS])
+    ranked = []
+    matchers = [SequenceMatcher(b=word, autojunk=False) for word in dict.fromkeys(words)]
+    for command in commands:
+        name = max((_likeness(m, n.lower()) for m in matchers for n in command.names), default=0.0)
+        told = len(stems & command.stems) / len(stems) if stems else 0.0
+        score = round(0.7 * name + 0.3 * min(told * 2, 1.0), 3)
+        if score >= 0.1:
+            ranked.append((score, command))
+    return sorted(ranked, key=lambda pair: (-pair[0], pair[1].name))
+
+
+def _likeness(matcher: SequenceMatcher[str], name: str) -> float:
+    """How like a word is to a name, 0 to 1; anything below 0.7 ('image', 'time') is 0."""
+    matcher.set_seq1(name)
+    if matcher.real_quick_ratio() < 0.7 or matcher.quick_ratio() < 0.7:
+        return 0.0  # cheap upper bounds first
+    ratio = matcher.ratio()
+    return ratio if ratio >= 0.7 else 0.0
+
+
+class _Job:
+    __slots__ = ("error", "future", "loop", "value", "work")
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+        self.work = work
+        self.value: Any = None
+        self.error: ServiceError | None = None
+
+    def run(self) -> None:
+        try:
+            self.value = self.work()
+        except BaseException as error:  # SystemExit too: it must end neither thread nor process
+            self.error = as_service_error(error, "a thread's command")
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self.loop.call_soon_threadsafe(self._hand_back)
+
+    def _hand_back(self) -> None:
+        if not self.future.done():  # cancelled: nobody waits
+            self.future.set_result(None)
+
+
+class ThreadPool:
+    """At most `max_threads` daemon threads, started on demand and used again.
+
+    Unlike those of concurrent.futures they never hold the exit of the process. Work that waits for
+    a thread has no bound of its own: each client's running commands have one.
+    """
+
+    def __init__(self, max_threads: int, name: str) -> None:
+        self.max_threads = max_threads
+        self._name = name
+        self._jobs: deque[_Job] = deque()
+        self._news = threading.Condition()
+        self._threads = 0
+        self._idle = 0
+        self._closed = False
+
+    async def call(self, work: Callable[[], Value]) -> Value:
+        """Run `work` in a thread with this task's context variables; raises only ServiceErrors.
+
+        When the caller is cancelled, work that has not begun never begins; work that has keeps
+        its thread, and its place among `max_threads`, until it ends by itself.
+        """
+        job = _Job(functools.partial(contextvars.copy_context().run, work))
+        self._submit(job)
+        try:
+            await job.future
+        except asyncio.CancelledError:
+            with self._news, contextlib.suppress(ValueError):
+                self._jobs.remove(job)
+            raise
+        if job.error is not None:
+            raise job.error
+        value: Value = job.value
+        return value
+
+    def _submit(self, job: _Job) -> None:
+        with self._news:
+            if self._closed:
+                raise Unavailable("the server is stopping")
+            self._jobs.append(job)
+            if self._idle >= len(self._jobs):
+                self._news.notify()
+            elif self._threads < self.max_threads:
+                self._threads += 1
+                name = f"{self._name}-{self._threads}"
+                threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._next_job()) is not None:
+            job.run()
+            del job  # keeps no client's data while it waits
+
+    def _next_job(self) -> _Job | None:
+        with self._news:
+            self._idle += 1
+            self._news.wait_for(lambda: self._jobs or self._closed, timeout=IDLE_THREAD_S)
+            self._idle -= 1
+            if self._jobs and not self._closed:
+                return self._jobs.popleft()
+            self._threads -= 1
+            return None
+
+    def open(self) -> None:
+        self._closed = False
+
+    def close(self) -> None:
+        """Let idle threads end and take no more work; busy threads are abandoned."""
+        with self._news:
+            self._closed = True
+            self._jobs.clear()
+            self._news.notify_all()
+
+
+class CommandProcessor(Service):
+    """A registry of commands, and what runs them.
+
+    Plain `def` runs in a bounded pool of threads, `async def` on the loop; of an async generator
+    each value is reported as progress and the last one is the result.
+    """
+
+    def __init__(
+        self, *, builtins: bool = True, timeout_s: float | None = 60.0, max_threads: int = 32
+    ) -> None:
+        super().__init__("command")
+        self.commands: dict[str, Command] = {}  # by name and by alias
+        self.timeout_s = timeout_s
+        self.running = 0
+        self.done = 0
+        self.failed = 0
+        self._threads = ThreadPool(max_threads, "karna-command")
+        self._tasks = Tasks()
+        self._replaceable: set[str] = set()  # a program may have its own `echo`
+        if builtins:
+            _add_builtins(self)
+            self._replaceable = set(self.commands)
+
+    @overload
+    def command(self, function: Function) -> Function: ...
+
+    @overload
+    def command(
+        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def command(
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        inline: bool = False,
+    ) -> Any:
+        """Decorator, with or without parentheses, that makes a function a command."""
+
+        def register(function: Function) -> Function:
+            self.add(Command(function, name=name, aliases=aliases, inline=inline))
+            return function
+
+        return register if function is None else register(function)
+
+    def add(self, command: Command) -> None:
+        """Register a command; ValueError when its name or an alias is taken by another.
+
+        A built-in command gives way.
+        """
+        for name in command.names:
+            if name in self.commands and name not in self._replaceable:
+                raise ValueError(f"there is a command {name!r} already")
+        for name in command.names:
+            self.commands[name] = command
+            self._replaceable.discard(name)
+        self.touch()
+
+    def prepare(self, line: str, params: Mapping[str, Any] = types.MappingProxyType({})) -> Call:
+        """Find the command of a line and bind its arguments; raises UnknownCommand, UsageError.
+
+        Called for every message. A printable text has no blank but the space, so that str.split
+        splits it as a shell would, unless there are quotes or backslashes.
+        """
+        if line.isprintable() and "\\" not in line and '"' not in line and "'" not in line:
+            words = line.split()
+        else:
+            words = split_words(line)
+        if not words:
+            raise UsageError("the command line is empty", usage="COMMAND [ARGUMENT]...")
+        name = words.pop(0)
+        command = self.commands.get(name)
+        if command is None:
+            raise self._unknown(name)
+        args, kwargs = command.bind(words, params)
+        return Call(command, args, kwargs)
+
+    def _unknown(self, name: str) -> UnknownCommand:
+        near = self.suggest(name)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `help` lists the commands"
+        return UnknownCommand(f"no command {one_line(name, 40)!r}{hint}", suggestions=near)
+
+    def suggest(self, text: str, limit: int = 3) -> list[str]:
+        """Names of commands near to a text, best first."""
+        return [command.name for _, command in rank(text, self.distinct())[:limit]]
+
+    def distinct(self) -> list[Command]:
+        """Each command once, by name."""
+        return [command for name, command in sorted(self.commands.items()) if name == command.name]
+
+    def call_inline(self, call: Call) -> Any:
+        """Run an inline command now; whatever it raises comes out as a ServiceError."""
+        try:
+            value = call.command.function(*call.args, **call.kwargs)
+        except BaseException as error:
+            self.failed += 1
+            self.touch()
+            raise as_service_error(error, call.command.name) from None
+        self.done += 1
+        if self.on_touch is not None:
+            self.on_touch()
+        return value
+
+    async def run(self, call: Call, context: Context) -> Any:
+        """Run a command within the time limit and return its result.
+
+        Raises CommandTimeout, CommandFailed or what ServiceError the handler raised. When this
+        coroutine is cancelled the handler is too. A handler that goes on regardless is left
+        behind after CANCEL_WAIT_S: the caller gets its one outcome in bounded time.
+        """
+        self.running += 1
+        self.touch()
+        context.begin()
+        task = self._tasks.spawn(self._perform(call, context), f"command {call.command.name}")
+        try:
+            value = await self._outcome(task, call.command)
+        except BaseException:
+            self.failed += 1
+            raise
+        else:
+            self.done += 1
+            return value
+        finally:
+            context.end()
+            self.running -= 1
+            self.touch()
+
+    async def _outcome(self, task: asyncio.Task[Any], command: Command) -> Any:
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self.timeout_s)
+        except asyncio.CancelledError:
+            await self._tasks.end(task)
+            raise
+        if not done:
+            await self._tasks.end(task)
+            raise CommandTimeout(f"{command.name} took longer than {self.timeout_s:g} s")
+        if task.cancelled():  # not by us: the handler raised it, or stop() ended everything
+            if self.state == "stopped":
+                raise Unavailable("the server is stopping")
+            raise CommandFailed("CancelledError")
+        error = task.exception()
+        if error is not None:
+            raise as_service_error(error, command.name) from None
+        return task.result()
+
+    async def _perform(self, call: Call, context: Context) -> Any:
+        command = call.command
+        if command.context_at is not None:
+            call.args[command.context_at] = context
+        elif command.context_name is not None:
+            call.kwargs[command.context_name] = context
+        try:
+            if command.runs == "stream":
+                return await _last_value(command.function(*call.args, **call.kwargs), context)
+            if command.runs == "thread":
+                value = await self._threads.call(lambda: _call_blocking(call, context))
+            else:
+                value = command.function(*call.args, **call.kwargs)
+            return await value if inspect.isawaitable(value) else value
+        except (SystemExit, KeyboardInterrupt) as error:  # a task that raises them ends the loop
+            raise as_service_error(error, command.name) from None
+
+    async def start(self) -> None:
+        self._threads.open()
+        self.set_state("running", f"{len(self.distinct())} commands")
+
+    async def stop(self) -> None:
+        """End running commands and their programs; threads that go on are abandoned."""
+        self.set_state("stopped")
+        self._threads.close()
+        await self._tasks.end_all()
+
+    def get_status(self) -> dict[str, Any]:
+        """Adds "running", "done" and "failed", counts of calls, and "commands", of commands."""
+        return {
+            **super().get_status(),
+            "running": self.running,
+            "done": self.done,
+            "failed": self.failed,
+            "commands": sum(name == each.name for name, each in self.commands.items()),
+        }
+
+    def allow_program(self, name: str, path: str | None = None) -> None:
+        """Make a program of this machine a command; ValueError when there is no such program."""
+        from shutil import which
+
+        found = which(path or name)
+        if found is None:
+            raise ValueError(f"no program {path or name!r} that can be executed")
+        self.add(_program_command(name, os.path.abspath(found)))
+
+
+async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
+    """Report each value of an async generator; its last one is the result."""
+    value = None
+    async with contextlib.aclosing(values) as stream:  # type: ignore[type-var]
+        async for value in stream:
+            await context.progress(value)
+            await asyncio.sleep(0)  # one that never waits must not stall the other clients
+    return value
+
+
+def _call_blocking(call: Call, context: Context) -> Any:
+    """Run a plain function in a thread; of a generator each value is reported as progress."""
+    value = call.command.function(*call.args, **call.kwargs)
+    if not inspect.isgenerator(value):
+        return value
+    last = None
+    with contextlib.closing(value):
+        for last in value:
+            context.report(last)
+    return last
+
+
+def _add_builtins(commands: CommandProcessor) -> None:
+    @commands.command(name="help", inline=True)
+    def help_(command: str | None = None) -> dict[str, Any]:
+        """List the commands, or tell all about one."""
+        if command is None:
+            return {"commands": [_summary_of(each) for each in commands.distinct()]}
+        found = commands.commands.get(command)
+        if found is None:
+            raise commands._unknown(command)
+        return {**_summary_of(found), "help": found.help}
+
+    @commands.command(inline=True)
+    def echo(*text: str) -> str:
+        """Answer with the text."""
+        return " ".join(text)
+
+    @commands.command(name="time", inline=True)
+    def time_() -> dict[str, Any]:
+        """Tell the server's time in UTC."""
+        return {"utc": utc_now(), "unix": time.time()}
+
+    @commands.command
+    async def countdown(seconds: float) -> AsyncIterator[dict[str, Any]]:
+        """Count seconds down and report progress; something to cancel."""
+        if not 0 <= seconds <= MAX_COUNTDOWN_S:
+            problem = f"SECONDS must be 0 to {MAX_COUNTDOWN_S:g}"
+            raise commands.commands["countdown"].usage_error(problem)
+        end = time.monotonic() + seconds
+        remaining = seconds
+        while remaining > 0:
+            percent = round(100 * (1 - remaining / seconds), 1)
+            yield {"remaining": _short(remaining), "percent": _short(percent)}
+            remaining = max(remaining - 1, 0)
+            await asyncio.sleep(end - remaining - time.monotonic())
+        yield {"remaining": 0, "percent": 100}
+
+
+def _short(number: float) -> float:
+    """3 for 3.0 and 0.3 for 0.30000000000000004."""
+    number = round(number, 3)
+    return int(number) if number == int(number) else number
+
+
+def _summary_of(command: Command) -> dict[str, Any]:
+    return {
+        "name": command.name,
+        "usage": command.usage,
+        "summary": command.summary,
+        "aliases": list(command.aliases),
+        "arguments": command.arguments,
+    }
+
+
+# ---- programs --------------------------------------------------------------------------------
+# A program runs without a shell, in a session of its own, so that it ends with all its children.
+# Nothing outside the process is ever executed unless allow_program was called.
+
+
+def _program_command(name: str, path: str) -> Command:
+    async def program(context: Context, *argument: str | None) -> dict[str, Any]:
+        return await run_program(path, [str(each) for each in argument], context)
+
+    program.__doc__ = (
+        f"Run the program {name} of the server's machine.\n\n"
+        "Its lines are reported as they come. The result has its exit code and its output, of\n"
+        f"which the last {MAX_OUTPUT_CHARS // 1024} Ki characters are kept."
+    )
+    return Command(program, name=name)
+
+
+async def run_program(path: str, arguments: Sequence[str], context: Context) -> dict[str, Any]:
+    """Run a program to its end, reporting {"stream", "line"} for each line of its output.
+
+    The result is {"exit_code", "output", "truncated"}, and {"signal"} when one ended it (then the
+    code is negative). When this coroutine is cancelled the whole process group is ended.
+    Raises UsageError for arguments no program can take, Unavailable when it cannot be started.
+    """
+    try:
+        transport, watch = await asyncio.get_running_loop().subprocess_exec(
+            ProgramWatch,
+            path,
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            env=_program_environment(),
+        )
+    except ValueError as error:  # a NUL, a lone surrogate
+        raise UsageError(f"an argument cannot be passed to a program: {error}") from None
+    except OSError as error:
+        raise Unavailable(f"cannot start the program: {error.strerror or error}") from None
+    output = ProgramOutput()
+    try:
+        async for stream, data in watch.chunks():
+            for line in output.add(stream, data):
+                await context.progress({"stream": stream, "line": line})
+            await asyncio.sleep(0)  # a flood of lines must not stall the other clients
+        for stream, line in output.rest():
+            await context.progress({"stream": stream, "line": line})
+    finally:
+        await _end_program(transport, watch)
+    return output.result(transport.get_returncode() or 0)
+
+
+def _program_environment() -> dict[str, str]:
+    """Our environment without our secrets: the token and all that is called a key."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name != "KARNA_TOKEN" and not name.endswith("_KEY")
+    }
+
+
+class ProgramWatch(asyncio.SubprocessProtocol):
+    """Hears of a program's output and end. Reading pauses while nobody takes the output.
+
+    Not asyncio.create_subprocess_exec: its streams have no public way to let go of a pipe that a
+    grandchild holds, and in Python 3.11 its wait() waits for such a pipe.
+    """
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._chunks: deque[tuple[int, bytes]] = deque()
+        self._unread = 0
+        self._open = {1, 2}
+        self._paused = False
+        self._news = asyncio.Event()
+        self.has_exited = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self._chunks.append((fd, data))
+        self._unread += len(data)
+        if self._unread > MAX_UNREAD_BYTES and not self._paused:
+            self._pause(True)
+        self._news.set()
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self._open.discard(fd)
+        self._news.set()
+
+    def process_exited(self) -> None:
+        self.has_exited = True
+        self._news.set()
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        for fd in self._open:
+            pipe = self._transport.get_pipe_transport(fd)
+            if paused:
+                pipe.pause_reading()
+            else:
+                pipe.resume_reading()
+
+    @property
+    def is_over(self) -> bool:
+        return self.has_exited and not self._open
+
+    async def chunks(self) -> AsyncIterator[tuple[str, bytes]]:
+        """("stdout" or "stderr", bytes) in order of arrival, until the program has ended.
+
+        Children that outlive it and hold its pipes are waited for PIPE_WAIT_S in all.
+        """
+        patience = PIPE_WAIT_S
+        while True:
+            while self._chunks:
+                fd, data = self._chunks.popleft()
+                self._unread -= len(data)
+                yield ("stdout" if fd == 1 else "stderr"), data
+            if self._paused:
+                self._pause(False)
+            if self.is_over or patience <= 0:
+                return
+            self._news.clear()
+            began = time.monotonic()
+            has_exited = self.has_exited
+            await self.wait(patience if has_exited else None)
+            if has_exited:
+                patience -= time.monotonic() - began
+
+    async def wait(self, timeout_s: float | None) -> None:
+        """Wait for news of any kind."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+
+
+class ProgramOutput:
+    """Cuts a program's output into lines, and keeps the last part of it."""
+
+    def __init__(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoders = {"stdout": decoder("replace"), "stderr": decoder("replace")}
+        self._rest = {"stdout": "", "stderr": ""}
+        self._kept: list[str] = []
+        self._kept_chars = 0
+        self._truncated = False
+
+    def add(self, stream: str, data: bytes, final: bool = False) -> list[str]:
+        """The lines that `data` completes; a line longer than MAX_LINE_CHARS is split."""
+        text = self._rest[stream] + self._decoders[stream].decode(data, final)
+        *whole, rest = text.split("\n")
+        for line in whole:
+            self._keep(line + "\n")
+        lines = [part for line in whole for part in _parts(line.removesuffix("\r")) or [""]]
+        while len(rest) > MAX_LINE_CHARS:
+            self._keep(rest[:MAX_LINE_CHARS])
+            lines.append(rest[:MAX_LINE_CHARS])
+            rest = rest[MAX_LINE_CHARS:]
+        self._rest[stream] = rest
+        return lines
+
+    def rest(self) -> Iterator[tuple[str, str]]:
+        """The last lines, which no newline ended."""
+        for stream in ("stdout", "stderr"):
+            for line in self.add(stream, b"", final=True):
+                yield stream, line
+            line = self._rest[stream]
+            if line:
+                self._keep(line)
+                yield stream, line
+
+    def _keep(self, text: str) -> None:
+        self._kept.append(text)
+        self._kept_chars += len(text)
+        if self._kept_chars > 2 * MAX_OUTPUT_CHARS or len(self._kept) > 4_096:
+            self._shorten()
+
+    def _shorten(self) -> str:
+        text = "".join(self._kept)
+        self._truncated = self._truncated or len(text) > MAX_OUTPUT_CHARS
+        self._kept = [text[-MAX_OUTPUT_CHARS:]]
+        self._kept_chars = len(self._kept[0])
+        return self._kept[0]
+
+    def result(self, exit_code: int) -> dict[str, Any]:
+        output = self._shorten()
+        result = {"exit_code": exit_code, "output": output, "truncated": self._truncated}
+        if exit_code < 0:
+            try:
+                result["signal"] = signal.Signals(-exit_code).name
+            except ValueError:
+                result["signal"] = f"signal {-exit_code}"
+        return result
+
+
+def _parts(line: str) -> list[str]:
+    return [line[at : at + MAX_LINE_CHARS] for at in range(0, len(line), MAX_LINE_CHARS)]
+
+
+async def _end_program(transport: asyncio.SubprocessTransport, watch: ProgramWatch) -> None:
+    """End what is left of a program and its process group: SIGTERM, a bounded wait, SIGKILL."""
+    try:
+        for name, wait_s in (("SIGTERM", TERM_WAIT_S), ("SIGKILL", KILL_WAIT_S)):
+            deadline = time.monotonic() + wait_s
+            alive = not watch.is_over and _signal_group(transport, name)
+            while alive and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)  # the kernel tells nobody when a group is empty
+                alive = _signal_group(transport, None)
+    finally:  # also when this was cancelled
+        if not watch.is_over:
+            _signal_group(transport, "SIGKILL")
+        transport.close()
+
+
+def _signal_group(transport: asyncio.SubprocessTransport, name: str | None) -> bool:
+    """Send a signal (None only asks) to the program's group; false when there is nobody left."""
+    try:
+        if sys.platform == "win32":
+            if name is not None:
+                transport.kill()
+            return transport.get_returncode() is None
+        os.killpg(transport.get_pid(), getattr(signal, name) if name else 0)
+    except OSError:  # nobody there, or it changed its user
+        return False
+    return True
+
+
+# ---- model server ----------------------------------------------------------------------------
+# Any HTTP endpoint that speaks as OpenAI's does: Ollama, llama.cpp, vLLM. The standard library's
+# client (TLS and chunks come with it) talks in a thread, which ends when its socket is shut down.
+# No redirect is followed and no proxy is used. Whatever an endpoint does wrong is Unavailable.
+
+
+class Exchange:
+    """One request to a model server, made in a thread; `close` from the loop ends it."""
+
+    def __init__(self, server: ModelServer) -> None:
+        self._server = server
+        self._connection: HTTPConnection | None = None
+        self._socket: socket.socket | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        self._closed = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # closed already
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, as close() would not
+
+    def send(self, method: str, path: str, body: bytes | None = None) -> HTTPResponse:
+        """Connect, send one request, and return the answer's head if it is a 200."""
+        self._connection = connection = self._server.connection()
+        connection.connect()
+        self._socket = connection.sock
+        if self._closed:
+            raise OSError("closed")
+        connection.sock.settimeout(self._server.timeout_s)
+        connection.request(method, self._server.path + path, body, self._server.headers())
+        response = connection.getresponse()
+        if response.status != 200:
+            raise self._refusal(response)
+        return response
+
+    def _refusal(self, response: HTTPResponse) -> ServiceError:
+        try:
+            problem = _model_error(_json_of(response.read(MAX_MODEL_LINE_BYTES)))
+        except ValueError:
+            problem = ""
+        text = f"HTTP {response.status}{problem and ': '}{problem}"
+        if response.status in (400, 413, 422):  # this request's fault, the server is well
+            return CommandFailed(self._server.hide(f"the model server answered {text}"))
+        return Unavailable(text)
+
+    def finish(self) -> None:
+        """Called in the thread when it is through."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._socket is not None:
+            self._socket.close()
+
+
+class ModelServer:
+    """Client of one endpoint; `url` with or without its /v1, user and password as HTTP allows.
+
+    Raises ValueError for an URL or a key that cannot be used. `host` is what may be shown.
+    """
+
+    def __init__(self, url: str, *, model: str | None, key: str | None, timeout_s: float) -> None:
+        from urllib.parse import unquote, urlsplit
+
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url)
+        if not is_http or not parts.hostname:
+            raise ValueError("a model server's URL looks like http://localhost:11434")
+        self._host, self._port, self._is_tls = parts.hostname, parts.port, parts.scheme == "https"
+        self.host = parts.netloc.rpartition("@")[2]
+        self.path = parts.path.rstrip("/").removesuffix("/v1")
+        if key is not None and not re.fullmatch("[!-~]+", key):
+            raise ValueError("the model server's key has characters that no HTTP header can hold")
+        user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+        self._secrets = [each for each in (key, parts.password) if each]
+        self._authorization = f"Bearer {key}" if key else None
+        if key is None and parts.username is not None:
+            self._authorization = f"Basic {base64.b64encode(user.encode()).decode()}"
+        self.model = model
+        self.timeout_s = timeout_s
+        self._requests = ThreadPool(MODEL_THREADS, f"karna-model-{self.host}")
+        self._checks = ThreadPool(1, f"karna-model-check-{self.host}")  # never behind requests
+
+    def connection(self) -> HTTPConnection:
+        from http.client import HTTPConnection, HTTPSConnection
+
+        maker = HTTPSConnection if self._is_tls else HTTPConnection
+        return maker(self._host, self._port, timeout=min(MODEL_CONNECT_S, self.timeout_s))
+
+    def headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        if self._authorization is not None:
+            headers["Authorization"] = self._authorization
+        return headers
+
+    def hide(self, text: str) -> str:
+        """`text` on one line and without our secrets, should the server have sent them back."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return one_line(text)
+
+    async def find_model(self) -> str:
+        """Ask which models there are; the configured one, or else the first, is used from then."""
+        try:
+            async with asyncio.timeout(MODEL_CHECK_S):
+                names = await self._talk(self._checks, _list_models)
+        except TimeoutError:
+            raise self._unavailable(f"no answer within {MODEL_CHECK_S:g} s") from None
+        if self.model is None and not names:
+            raise self._unavailable("lists no model")
+        return self.model or names[0]
+
+    async def chat(
+        self, model: str, messages: list[Any], report: Callable[[Any], None] | None = None
+    ) -> str:
+        """Let the model answer; `report` gets each token, in a thread. Returns the whole text."""
+        import json
+
+        body = json.dumps({"model": model, "messages": messages, "stream": True}).encode()
+        return await self._talk(self._requests, lambda e: _read_chat(e, body, report))
+
+    async def _talk(self, threads: ThreadPool, work: Callable[[Exchange], Value]) -> Value:
+        exchange = Exchange(self)
+        try:
+            return await threads.call(lambda: self._explained(exchange, work))
+        finally:
+            exchange.close()
+
+    def _explained(self, exchange: Exchange, work: Callable[[Exchange], Value]) -> Value:
+        """Do the work in this thread; every way it can go wrong becomes a ServiceError."""
+        from http.client import HTTPException, IncompleteRead
+
+        try:
+            return work(exchange)
+        except Unavailable as error:
+            raise self._unavailable(str(error)) from None
+        except TimeoutError:
+            raise self._unavailable(f"no answer within {self.timeout_s:g} s") from None
+        except IncompleteRead:
+            raise self._unavailable("its answer broke off") from None
+        except OSError as error:
+            raise self._unavailable(f"cannot be reached: {error.strerror or error}") from None
+        except (HTTPException, ValueError) as error:
+            raise self._unavailable(f"its answer makes no sense: {explain(error)}") from None
+        finally:
+            exchange.finish()
+
+    def _unavailable(self, problem: str) -> Unavailable:
+        return Unavailable(self.hide(f"model server {self.host}: {problem}"))
+
+
+def _json_of(data: bytes) -> Any:
+    import json
+
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+
+
+def _model_error(value: Any) -> str:
+    """The message of {"error": {"message": ...}} or {"error": ...}, if there is one."""
+    error = value.get("error") if isinstance(value, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else "unknown error" if error else ""
+
+
+def _read_bounded(response: HTTPResponse) -> Any:
+    data = response.read(MAX_MODEL_BYTES + 1)
+    if len(data) > MAX_MODEL_BYTES:
+        raise ValueError("longer than 4 MiB")
+    if response.length:  # a plain read(n) does not tell
+        raise Unavailable("its answer broke off")
+    return _json_of(data)
+
+
+def _list_models(exchange: Exchange) -> list[str]:
+    answer = _read_bounded(exchange.send("GET", "/v1/models"))
+    models = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(models, list):
+        raise ValueError("no list of models")
+    names = [each.get("id") for each in models if isinstance(each, dict)]
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def _read_chat(exchange: Exchange, body: bytes, report: Callable[[Any], None] | None = None) -> str:
+    """Send a chat request and read the answer: events, or one JSON object from simple servers."""
+    response = exchange.send("POST", "/v1/chat/completions", body)
+    kind = (response.getheader("Content-Type") or "none").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        return _text_of(_read_bounded(response), "message")[0]
+    if kind != "text/event-stream":
+        raise ValueError(f"content type {kind} where an event stream belongs")
+    tokens: list[str] = []
+    is_finished = False
+    for event in _read_events(response):
+        token, is_last = _text_of(event, "delta")
+        is_finished = is_finished or is_last
+        if token:
+            tokens.append(token)
+            if report is not None:
+                report({"token": token})
+    if not is_finished:
+        raise Unavailable("its answer broke off")
+    return "".join(tokens)
+
+
+_DONE = {"choices": [{"finish_reason": "stop"}]}
+
+
+def _read_events(response: HTTPResponse) -> Iterator[Any]:
+    """The JSON of each `data:` line of an event stream, up to [DONE] or its end."""
+    total = 0
+    while line := response.readline(MAX_MODEL_LINE_BYTES + 1):
+        total += len(line)
+        if len(line) > MAX_MODEL_LINE_BYTES or total > MAX_MODEL_BYTES:
+            raise ValueError("too long")
+        if not line.startswith(b"data:"):
+            continue  # an empty line, a comment, another field
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            yield _DONE
+            return
+        yield _json_of(data)
+
+
+def _text_of(answer: Any, part: str) -> tuple[str, bool]:
+    """The text of the first choice, and whether it is the last; ValueError for another shape."""
+    problem = _model_error(answer)
+    if problem:
+        raise Unavailable(problem)
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list):
+        raise ValueError("no choices")
+    choice = choices[0] if choices else {}  # usage comes with no choice
+    content = choice.get(part) if isinstance(choice, dict) else None
+    text = content.get("content") if isinstance(content, dict) else None
+    if not isinstance(text, str | None) or not isinstance(choice, dict):
+        raise ValueError("a choice without text")
+    # A lone surrogate, which JSON can say, could not be sent on.
+    text = (text or "").encode("utf-8", "replace").decode()
+    return text, bool(choice.get("finish_reason"))
+
+
+class ModelService(Service):
+    """A service with an embedded default and, when a URL is given, a model server."""
+
+    embedded = "embedded"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        url: str | None = None,
+        model: str | None = None,
+        key: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__(name)
+        variables = (f"KARNA_{name.upper()}_KEY", "OPENAI_API_KEY")
+        key = key or next(filter(None, map(os.environ.get, variables)), None)
+        self.server: ModelServer | None = None
+        if url:
+            self.server = ModelServer(
+                url, model=model or None, key=key and key.strip(), timeout_s=timeout_s
+            )
+        self._model: str | None = model or None
+
+    async def start(self) -> None:
+        if self.server is None:
+            self.set_state("running", self.embedded)
+
+    async def check(self) -> None:
+        """Ask the model server for its models; raises Unavailable and is degraded without."""
+        if self.server is not None:
+            await self._find_model(self.server)
+
+    async def _find_model(self, server: ModelServer) -> str:
+        try:
+            self._model = await server.find_model()
+        except Unavailable as error:
+            self.set_state("degraded", str(error))
+            raise
+        self._say_running(server)
+        return self._model
+
+    def _say_running(self, server: ModelServer) -> None:
+        self.set_state("running", f"model {one_line(self._model or '', 100)} at {server.host}")
+
+    async def chat(
+        self,
+        server: ModelServer,
+        content: Any,
+        report: Callable[[Any], None] | None = None,
+    ) -> dict[str, Any]:
+        """Let the model answer one message: {"text", "model"}; the state follows how it went."""
+        model = self._model or await self._find_model(server)
+        try:
+            text = await server.chat(model, [{"role": "user", "content": content}], report)
+        except Unavailable as error:
+            self.set_state("degraded", str(error))
+            raise
+        self._say_running(server)
+        return {"text": text, "model": model}
+
+
+# ---- vision ----------------------------------------------------------------------------------
+# Without a model: what an image's header says. Nothing is decompressed, nothing is read twice.
+
+
+class VisionService(ModelService):
+    """Describes images: format and size from their headers, in words from a model server."""
+
+    embedded = "embedded: reads image headers"
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        model: str | None = None,
+        key: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__("vision", url=url, model=model, key=key, timeout_s=timeout_s)
+
+    def register(self, commands: CommandProcessor) -> None:
+        """Add the command `describe`, unless there is one."""
+
+        async def describe(
+            *question: str | None, image: bytes | str | None = None
+        ) -> dict[str, Any]:
+            """Describe an image: a PNG, JPEG, GIF, WebP or BMP.
+
+            The image is given as params.image: base64, a data URL, or bytes.
+            With a model server it answers the question, too.
+            """
+            if not image:
+                problem = "IMAGE is missing: give params.image as base64, data URL or bytes"
+                raise command.usage_error(problem)
+            return await self.describe(image, " ".join(map(str, question)))
+
+        command = Command(describe)
+        if command.name not in commands.commands:
+            commands.add(command)
+
+    async def describe(self, image: bytes | str, question: str = "") -> dict[str, Any]:
+        """{"format", "width", "height", "bytes"} and "embedded": true, or "text" and "model".
+
+        Raises CommandFailed for what is no image, Unavailable when the model server is away.
+        """
+        data = decode_image(image)
+        facts = read_image_header(data)
+        if self.server is None:
+            return {**facts, "embedded": True}
+        url = f"data:image/{facts['format']};base64,{base64.b64encode(data).decode()}"
+        content = [
+            {"type": "text", "text": question or "Describe this image."},
+            {"type": "image_url", "image_url": {"url": url}},
+        ]
+        return {**facts, **await self.chat(self.server, content)}
+
+
+def decode_image(image: bytes | str) -> bytes:
+    """Bytes as they are, or from base64 (also URL-safe, unpadded, with blanks) or a data URL."""
+    if len(image) > MAX_IMAGE_BYTES * 3 // 2:
+        raise CommandFailed("the image is longer than 32 MiB")
+    if not isinstance(image, str):
+        return bytes(image)
+    head, comma, body = image.partition(",")
+    is_data_url = image[:5].lower() == "data:"
+    if is_data_url and not comma:
+        raise CommandFailed("the image's data URL has no comma")
+    if is_data_url and not head.lower().rstrip().endswith(";base64"):
+        from urllib.parse import unquote_to_bytes
+
+        return unquote_to_bytes(body.encode("utf-8", "replace"))
+    return _decode_base64(body if is_data_url else image)
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        data = text.replace("%2B", "+").replace("%2F", "/").replace("%3D", "=").encode("ascii")
+        data = data.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v").rstrip(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except (ValueError, binascii.Error):
+        raise CommandFailed("the image is not valid base64") from None
+
+
+def read_image_header(data: bytes) -> dict[str, Any]:
+    """Read {"format", "width", "height", "bytes"} from an image's header.
+
+    Raises CommandFailed, and nothing else, for what is broken, unknown or too large.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise CommandFailed("the image is longer than 32 MiB")
+    known = next((each for each in _IMAGE_FORMATS if each[1].match(data)), None)
+    if known is None:
+        raise CommandFailed("the image is no PNG, JPEG, GIF, WebP or BMP")
+    name, _, read_size = known
+    try:
+        width, height = read_size(data)
+    except (struct.error, IndexError):
+        raise CommandFailed(f"the {name} image breaks off within its header") from None
+    except ValueError as problem:
+        raise CommandFailed(f"the {name} image is broken: {problem}") from None
+    if width < 1 or height < 1:
+        raise CommandFailed(f"the {name} image is broken: it says {width} x {height} pixels")
+    if max(width, height) > MAX_IMAGE_SIDE or width * height > MAX_IMAGE_PIXELS:
+        raise CommandFailed(f"the {name} image is too large: {width} x {height} pixels")
+    return {"format": name, "width": width, "height": height, "bytes": len(data)}
+
+
+Size = tuple[int, int]
+
+
+def _png_size(data: bytes) -> Size:
+    length, kind, width, height = struct.unpack_from(">I4sII", data, 8)
+    if kind != b"IHDR" or length != 13:
+        raise ValueError("no IHDR chunk")
+    return width, height
+
+
+def _gif_size(data: bytes) -> Size:
+    width, height = struct.unpack_from("<HH", data, 6)
+    return width, height
+
+
+_FILL = re.compile(rb"\xff+")
+
+
+def _jpeg_size(data: bytes) -> Size:
+    """Skip segments up to the frame header, SOF0 to SOF15 (ITU T.81, B.1.1.3)."""
+    at = 2
+    for _ in range(MAX_JPEG_SEGMENTS):
+        fill = _FILL.match(data, at)
+        if fill is None:
+            if at >= len(data):
+                raise IndexError
+            raise ValueError("no marker where one belongs")
+        marker = data[fill.end()]
+        at = fill.end() + 1
+        if marker in (0x01, *range(0xD0, 0xD8)):
+            continue  # these have no length
+        if marker in (0x00, 0xD8, 0xD9, 0xDA):
+            raise ValueError("no frame header before its data")
+        (length,) = struct.unpack_from(">H", data, at)
+        if length < 2:
+            raise ValueError("a segment without length")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            return width, height
+        at += length
+    raise ValueError("too many segments before its frame header")
+
+
+def _webp_size(data: bytes) -> Size:
+    """The three first chunks a WebP may have (RFC 9649): lossy, lossless, extended."""
+    chunk = data[12:16]
+    if chunk == b"VP8 ":
+        code, width, height = struct.unpack_from("<3sHH", data, 23)
+        if code != b"\x9d\x01\x2a":
+            raise ValueError("no start code")
+        return width & 0x3FFF, height & 0x3FFF
+    if chunk == b"VP8L":
+        sign, bits = struct.unpack_from("<BI", data, 20)
+        if sign != 0x2F:
+            raise ValueError("no signature")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8X":
+        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
+        return (high_w << 16 | low_w) + 1, (high_h << 16 | low_h) + 1
+    if len(chunk) < 4:
+        raise IndexError
+    raise ValueError("unknown first chunk")
+
+
+def _bmp_size(data: bytes) -> Size:
+    (header,) = struct.unpack_from("<I", data, 14)
+    if header == 12:  # OS/2 1.x
+        width, height = struct.unpack_from("<HH", data, 18)
+        return width, height
+    if not 16 <= header <= 124:
+        raise ValueError("unknown header")
+    width, height = struct.unpack_from("<ii", data, 18)
+    return width, abs(height)  # negative: stored from the top down
+
+
+_IMAGE_FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[bytes], Size]], ...] = (
+    ("png", re.compile(rb"\x89PNG\r\n\x1a\n"), _png_size),
+    ("jpeg", re.compile(rb"\xff\xd8\xff"), _jpeg_size),
+    ("gif", re.compile(rb"GIF8[79]a"), _gif_size),
+    ("webp", re.compile(rb"RIFF....WEBP", re.DOTALL), _webp_size),
+    ("bmp", re.compile(rb"BM"), _bmp_size),
+)
+
+
+# ---- language --------------------------------------------------------------------------------
+# Without a model: which command a free text is nearest to, the same ranking that suggests names
+# for an unknown command.
+
+
+class LanguageService(ModelService):
+    """Maps free text to commands, and passes prompts to a model server."""
+
+    embedded = "embedded: matches text with commands"
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        model: str | None = None,
+        key: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__("language", url=url, model=model, key=key, timeout_s=timeout_s)
+        self._commands: CommandProcessor | None = None
+
+    def register(self, commands: CommandProcessor) -> None:
+        """Add the commands `interpret` and `ask`, unless there are such."""
+        self._commands = commands
+
+        def interpret(*text: str) -> dict[str, Any]:
+            """Tell which commands a free text is nearest to."""
+            return self.interpret(" ".join(text))
+
+        async def ask(context: Context, *prompt: str) -> dict[str, Any]:
+            """Ask the language model; reports its tokens as they come."""
+            return await self.ask(" ".join(prompt), context)
+
+        for command in (Command(interpret, inline=True), Command(ask)):
+            if command.name not in commands.commands:
+                commands.add(command)
+
+    def interpret(self, text: str) -> dict[str, Any]:
+        """{"text", "matches": [{"command", "usage", "score"}]}, at most five, the best first."""
+        commands = [] if self._commands is None else self._commands.distinct()
+        matches = [
+            {"command": command.name, "usage": command.usage, "score": score}
+            for score, command in rank(text, commands)[:MAX_MATCHES]
+        ]
+        return {"text": text, "matches": matches}
+
+    async def ask(self, prompt: str, context: Context) -> dict[str, Any]:
+        """{"text", "model"}; each token is reported as {"token"}. Raises Unavailable."""
+        if self.server is None:
+            raise Unavailable(
+                "no language model: start the server with --language-url URL "
+                "(or KARNA_LANGUAGE_URL), such as http://localhost:11434"
+            )
+        return await self.chat(self.server, prompt, context.report)
