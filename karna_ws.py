@@ -47,7 +47,8 @@ import sys
 import threading
 import time
 from base64 import b64encode, urlsafe_b64encode
-from collections import deque
+from bisect import bisect_left
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -65,19 +66,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast, get_args
 from urllib.parse import parse_qs
 
+import websockets.frames
 from orjson import OPT_NON_STR_KEYS, JSONDecodeError, dumps, loads
 from websockets.asyncio.server import Server as WebSocketServer
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websockets_serve
 from websockets.asyncio.server import unix_serve as websockets_unix_serve
-from websockets.frames import (
-    BINARY,
-    CONT,
-    TEXT,
-    CloseCode,
-    Frame,
-    apply_mask,  # type: ignore[attr-defined]  # C, or Python where there is no C
-)
+from websockets.frames import BINARY, CONT, TEXT, CloseCode, Frame
 from websockets.http11 import Request as HttpHead
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -104,6 +99,7 @@ __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
 log = logging.getLogger("karna_ws")
+apply_mask = websockets.frames.apply_mask  # type: ignore[attr-defined]  # C, or Python without it
 
 
 # --- 1 limits ----------------------------------------------------------------------------------
@@ -1193,8 +1189,8 @@ class SocketClient(Client):
     def wrap(self, envelope: bytes, ack: int | None) -> bytes:
         """An envelope as the text of an ack or of an `rpc_response` event."""
         if ack is None:
-            return self.event_head + envelope + b"]"
-        return self.ack_head + b"%d[" % ack + envelope + b"]"
+            return b"%b%b]" % (self.event_head, envelope)
+        return b"%b%d[%b]" % (self.ack_head, ack, envelope)
 
     def encode_special(self, envelope: dict[str, Any], ack: int | None) -> bool:
         if ack is None:
@@ -1226,6 +1222,7 @@ class SocketClient(Client):
         if self.pid is not None:
             answer["pid"] = self.pid
         held, self._held = self._held or [], None
+        self.session.connected[encode_namespace(self.namespace) or None] = self
         for offset, envelope in missed:
             self.send_frame(frame_text(encode_broadcast(self.event_head, envelope, offset)))
         self.send_packet(Packet(PacketType.CONNECT, self.namespace, answer))
@@ -1267,15 +1264,16 @@ class SocketSession(Door):
     """One Engine.IO session: the packets of a Socket.IO client, its namespaces, its heartbeat."""
 
     __slots__ = (
-        "attachments", "attachments_bytes", "clients", "connect_deadline", "connection",
-        "is_authorized", "manager", "pending", "sid",
+        "attachments", "attachments_bytes", "clients", "connect_deadline", "connected",
+        "connection", "is_authorized", "manager", "pending", "sid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, is_authorized: bool) -> None:
         self.connection = connection
         self.manager = connection.manager
         self.sid = new_id()
-        self.clients: dict[str, SocketClient] = {}
+        self.clients: dict[str, SocketClient] = {}  # connecting ones too
+        self.connected: dict[bytes | None, SocketClient] = {}  # by what packets begin with
         self.is_authorized = is_authorized  # by the handshake; else each CONNECT needs the token
         self.pending: Packet | None = None  # a packet whose attachments are still to come
         self.attachments: list[bytes] = []
@@ -1349,16 +1347,16 @@ class SocketSession(Door):
 
     def _receive_event(self, payload: bytes, match: re.Match[bytes]) -> bytes | None:
         """The fast lane for `42/ws,7["rpc",{...}]`: one match, one JSON value."""
-        namespace, digits = match.groups()
-        client = self.clients.get(namespace[:-1].decode() if namespace else "/")
-        if client is None or client.is_connecting:
+        prefix, digits = match.groups()
+        client = self.connected.get(prefix)
+        if client is None:
             raise BadPacket("event before connect")
         try:
             event = loads(payload[match.end() - 1 :])
         except JSONDecodeError:
             raise BadPacket("invalid payload") from None
         ack = int(digits) if digits else None
-        if not _is_event(event):
+        if not event or (event[0] != "rpc" and not _is_event(event)):
             raise BadPacket("invalid payload")
         return handle_event(client, event, ack, len(payload))
 
@@ -1395,6 +1393,7 @@ class SocketSession(Door):
         """A client leaves its namespace; the session goes on."""
         if self.clients.get(client.namespace) is client:
             del self.clients[client.namespace]
+            self.connected.pop(encode_namespace(client.namespace) or None, None)
             self.manager.leave_socket(client, reason)
 
     def leave(self) -> None:
@@ -1511,7 +1510,7 @@ class Metrics:
     """Counters for `/metrics`, by label. Hot ones are plain integers of the manager."""
 
     def __init__(self) -> None:
-        self.commands: dict[str, int] = {}
+        self.commands: defaultdict[str, int] = defaultdict(int)
         self.latency_buckets = [0] * (len(LATENCY_BUCKETS_S) + 1)
         self.latency_sum_s = 0.0
         self.refusals: dict[str, int] = {}
@@ -1520,21 +1519,13 @@ class Metrics:
 
     def count_command(self, result: str, seconds: float) -> None:
         """One command ended: with "ok" or an error code."""
-        self.commands[result] = self.commands.get(result, 0) + 1
+        self.commands[result] += 1
         self.latency_sum_s += seconds
-        bucket = 0
-        while bucket < len(LATENCY_BUCKETS_S) and seconds > LATENCY_BUCKETS_S[bucket]:
-            bucket += 1
-        self.latency_buckets[bucket] += 1
+        self.latency_buckets[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
 
     def count_refusal(self, reason: str) -> None:
         """One request or handshake was refused."""
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
-
-
-def event_name(name: Any) -> str:
-    """Socket.IO allows numbers as event names; handlers are registered under strings."""
-    return name if isinstance(name, str) else str(name)
 
 
 class WebSocketManager:
@@ -1611,6 +1602,7 @@ class WebSocketManager:
         makers = {type(service).get_status for service in self.services.values()}
         self._status_is_stable = makers <= {Service.get_status, CommandProcessor.get_status}
         self._status_json: bytes | None = None
+        self._status_answer: bytes | None = None
         self._offset_number = 0
         self._pending: list[tuple[str, bytes]] = []
         self._pending_bytes = 0
@@ -1712,6 +1704,7 @@ class WebSocketManager:
         if not pending:
             return
         self.flushed = pending[-1][0]
+        self._status_answer = None
         self._write_all(b"".join([frame_text(envelope) for _, envelope in pending]), self.raw)
         for namespace, clients in self.sockets.items():
             if clients:
@@ -1749,11 +1742,22 @@ class WebSocketManager:
             self._status_json = encode_json(self.status())
         return self._status_json
 
+    def encode_status_answer(self) -> bytes:
+        """The answer to `get_status` up to its id; kept until the status or the offset changes."""
+        if self._status_answer is None or not self._status_is_stable:
+            answer = b'{"type":"status_update","data":%b,"offset":"%b"' % (
+                self.encode_status(), self.flushed.encode()
+            )  # fmt: skip
+            if self.backplane is not None:
+                answer += b',"node":"%b"' % self.epoch.encode()
+            self._status_answer = answer
+        return self._status_answer
+
     def _status_touched(self) -> None:
-        self._status_json = None
+        self._status_json = self._status_answer = None
 
     def _service_changed(self, service: Service) -> None:
-        self._status_json = None
+        self._status_touched()
         self.broadcast_status()
 
     def broadcast_status(self) -> None:
@@ -2047,7 +2051,10 @@ class Request:
     line: the command line of an `execute_command`, which answers repeat.
     """
 
-    __slots__ = ("ack", "client", "id", "is_done", "is_serial", "line", "size", "started", "task")
+    __slots__ = ("ack", "client", "id", "is_done", "line", "size", "started", "task")
+    is_done: bool
+    started: float
+    task: asyncio.Task[Any]
 
     def __init__(self, client: Client, id: Any, ack: int | None, size: int) -> None:
         self.client = client
@@ -2055,10 +2062,12 @@ class Request:
         self.ack = ack
         self.size = size
         self.line: str | None = None
-        self.is_done = False
-        self.is_serial = False
-        self.started = 0.0
-        self.task: asyncio.Task[Any] | None = None
+        # started, task and is_done are set by Calls.run: most requests never need them.
+
+    @property
+    def is_serial(self) -> bool:
+        """Must it wait for its like? So that a client that can't correlate needs not."""
+        return self.line is not None and self.id is None and self.ack is None
 
     def encode(self, type: str, data: Any) -> bytes | None:
         """The envelope of an answer; None where the answer went out in a form of its own."""
@@ -2081,13 +2090,9 @@ class Request:
     def encode_status(self) -> bytes:
         """The answer to `get_status`, with the offset that it is current as of."""
         manager = self.client.manager
-        head = b'{"type":"status_update","data":' + manager.encode_status()
-        head += b',"offset":"' + manager.flushed.encode() + b'"'
-        if manager.backplane is not None:
-            head += b',"node":"' + manager.epoch.encode() + b'"'
         if self.id is None:
-            return head + b"}"
-        return head + b',"id":' + dumps(self.id) + b"}"
+            return manager.encode_status_answer() + b"}"
+        return b'%b,"id":%b}' % (manager.encode_status_answer(), dumps(self.id))
 
     def result(self, value: Any) -> bytes | None:
         """The final answer of a call that succeeded."""
@@ -2130,8 +2135,7 @@ class Request:
 def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
     """Answer one request, now or later. Never raises."""
     try:
-        kind = type(request.id)
-        if kind is not int and kind is not str and request.id is not None:
+        if type(request.id) not in _ID_TYPES:
             request.id = None
             raise Refused("invalid_request", '"id" must be a string or an integer')
         method = message.get("method")
@@ -2152,6 +2156,7 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
 
 
 _NO_PARAMS: dict[str, Any] = {}
+_ID_TYPES = frozenset((int, str, type(None)))
 
 
 def get_status(request: Request, params: dict[str, Any]) -> bytes | None:
@@ -2165,7 +2170,6 @@ def execute_command(request: Request, params: dict[str, Any]) -> bytes | None:
     if type(line) is not str or not line or line.isspace():
         raise Refused("invalid_params", '"command" must be a string that is not empty')
     request.line = line
-    request.is_serial = request.id is None and request.ack is None
     others = _NO_PARAMS
     if len(params) > 1:
         others = {name: value for name, value in params.items() if name != "command"}
@@ -2212,21 +2216,18 @@ def handle_event(
     client: SocketClient, event: list[Any], ack: int | None, size: int
 ) -> bytes | None:
     """Answer one Socket.IO event: the text to send now, if any."""
-    name, args = event_name(event[0]), event[1:]
-    if name == "rpc":
-        message = args[0] if args and type(args[0]) is dict else {}
-        request = Request(client, message.get("id"), ack, size)
-    elif name in client.manager.handlers:
+    if event[0] == "rpc":
+        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
+        answer = handle_request(Request(client, message.get("id"), ack, size), message)
+        return None if answer is None else client.wrap(answer, ack)
+    name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
+    if name in client.manager.handlers:
         return handle_own_event(client, name, args, ack, size)
-    elif ack is None and name not in BUILT_IN_METHODS and name not in client.manager.methods:
+    if ack is None and name not in BUILT_IN_METHODS and name not in client.manager.methods:
         return None  # as socket.io does with an event that nobody handles
-    else:
-        params = args[0] if args and type(args[0]) is dict else {}
-        request, message = Request(client, None, ack, size), {"method": name, "params": params}
-    answer = handle_request(request, message)
-    if answer is None:
-        return None
-    return client.wrap(answer, ack)
+    params = args[0] if args else {}
+    answer = handle_request(Request(client, None, ack, size), {"method": name, "params": params})
+    return None if answer is None else client.wrap(answer, ack)
 
 
 def handle_own_event(
@@ -2339,7 +2340,7 @@ class Calls:
     def run(self, request: Request, call: Call) -> bytes | None:
         """Run the call in a task of its own; its answer, should it be there at once."""
         manager = self.client.manager
-        request.started = time.perf_counter()
+        request.started, request.is_done = time.perf_counter(), False
         context = Context(self.client, functools.partial(self._progress, request))
         self.running.add(request)
         if request.is_serial:
@@ -2413,7 +2414,7 @@ class Calls:
         """Cancel the running or waiting requests of this id; were there any?"""
         found = False
         for request in tuple(self.running):
-            if request.id == wanted and type(request.id) is type(wanted) and request.task:
+            if request.id == wanted and type(request.id) is type(wanted):
                 found = True
                 request.task.cancel()
         for waiting in [entry for entry in self.parallel if entry[0].id == wanted]:
@@ -2430,8 +2431,7 @@ class Calls:
         self.serial.clear()
         self.parallel.clear()
         for request in tuple(self.running):
-            if request.task is not None:
-                request.task.cancel()
+            request.task.cancel()
 
     def abandon(self) -> None:
         """The client is gone: nobody waits for an answer any more."""
@@ -2439,8 +2439,7 @@ class Calls:
         self.serial.clear()
         self.parallel.clear()
         for request in tuple(self.running):
-            if request.task is not None:
-                request.task.cancel()
+            request.task.cancel()
 
 
 def _result_code(is_cancelled: bool, error: BaseException | None) -> str:

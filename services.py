@@ -327,6 +327,8 @@ class Monitor:
             if not started:
                 started = await self._step(service, service.start, "failed")
             healthy = started and await self._step(service, service.check, "degraded")
+            if healthy and type(service).check is Service.check:
+                return  # nothing to check: from here on the service itself says how it is
             failures = 0 if healthy else failures + 1
             await asyncio.sleep(self._delay_s(failures))
 
@@ -422,7 +424,12 @@ class Context:
             raise CommandFailed("the command has ended")
         if threading.get_ident() == self._loop_thread:
             raise RuntimeError("report() is for threads: use `await context.progress(...)` here")
-        self._report = asyncio.run_coroutine_threadsafe(self.progress(value), self._loop)
+        progress = self.progress(value)
+        try:
+            self._report = asyncio.run_coroutine_threadsafe(progress, self._loop)
+        except RuntimeError:  # the loop was closed meanwhile
+            progress.close()
+            raise CommandFailed("the command has ended") from None
         if self._ended:  # between the first look and the assignment
             self._report.cancel()
         try:
@@ -908,7 +915,6 @@ _PIECE = re.compile(
     | "(?P<double>[^"\\]*(?:\\.[^"\\]*)*)" | \\(?P<escaped>.)""",
     re.VERBOSE | re.DOTALL,
 )
-_UNESCAPE = re.compile(r'\\(["\\])')
 
 
 def split_words(line: str) -> list[str]:
@@ -933,7 +939,8 @@ def split_words(line: str) -> list[str]:
             continue
         text: str = piece[piece.lastgroup or 0]
         if piece.lastgroup == "double":
-            text = _UNESCAPE.sub(r"\1", text)
+            # Within double quotes a backslash escapes itself and the quote, nothing else.
+            text = "\\".join(part.replace('\\"', '"') for part in text.split("\\\\"))
         word = [] if word is None else word
         word.append(text)
     return words if word is None else [*words, "".join(word)]
@@ -1038,9 +1045,16 @@ class ThreadPool:
             if self._idle >= len(self._jobs):
                 self._news.notify()
             elif self._threads < self.max_threads:
-                self._threads += 1
-                name = f"{self._name}-{self._threads}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
+                self._start_thread(job)
+
+    def _start_thread(self, job: _Job) -> None:
+        name = f"{self._name}-{self._threads + 1}"
+        try:
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+        except RuntimeError:  # the system has no more of them
+            self._jobs.remove(job)
+            raise Unavailable("no thread can be started") from None
+        self._threads += 1
 
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
@@ -1587,7 +1601,10 @@ class Exchange:
     def send(self, method: str, path: str, body: bytes | None = None) -> HTTPResponse:
         """Connect, send one request, and return the answer's head if it is a 200."""
         self._connection = connection = self._server.connection()
-        connection.connect()
+        try:
+            connection.connect()
+        except TimeoutError:
+            raise Unavailable(f"no connection within {connection.timeout:g} s") from None
         self._socket = connection.sock
         if self._closed:
             raise OSError("closed")
@@ -1808,19 +1825,19 @@ def _text_of(answer: Any, part: str) -> tuple[str, bool]:
 class ModelService(Service):
     """A service with an embedded default and, when a URL is given, a model server."""
 
-    embedded = "embedded"
+    kind: ClassVar[str]
+    embedded: ClassVar[str]  # the detail without a model server
 
     def __init__(
         self,
-        name: str,
         *,
         url: str | None = None,
         model: str | None = None,
         key: str | None = None,
         timeout_s: float = 30.0,
     ) -> None:
-        super().__init__(name)
-        variables = (f"KARNA_{name.upper()}_KEY", "OPENAI_API_KEY")
+        super().__init__(self.kind)
+        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
         key = key or next(filter(None, map(os.environ.get, variables)), None)
         self.server: ModelServer | None = None
         if url:
@@ -1874,17 +1891,8 @@ class ModelService(Service):
 class VisionService(ModelService):
     """Describes images: format and size from their headers, in words from a model server."""
 
+    kind = "vision"
     embedded = "embedded: reads image headers"
-
-    def __init__(
-        self,
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        key: str | None = None,
-        timeout_s: float = 30.0,
-    ) -> None:
-        super().__init__("vision", url=url, model=model, key=key, timeout_s=timeout_s)
 
     def register(self, commands: CommandProcessor) -> None:
         """Add the command `describe`, unless there is one."""
@@ -2065,18 +2073,9 @@ _IMAGE_FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[bytes], Size]], ..
 class LanguageService(ModelService):
     """Maps free text to commands, and passes prompts to a model server."""
 
+    kind = "language"
     embedded = "embedded: matches text with commands"
-
-    def __init__(
-        self,
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        key: str | None = None,
-        timeout_s: float = 30.0,
-    ) -> None:
-        super().__init__("language", url=url, model=model, key=key, timeout_s=timeout_s)
-        self._commands: CommandProcessor | None = None
+    _commands: CommandProcessor | None = None
 
     def register(self, commands: CommandProcessor) -> None:
         """Add the commands `interpret` and `ask`, unless there are such."""
