@@ -49,21 +49,13 @@ import time
 from base64 import b64encode, urlsafe_b64encode
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args
 from urllib.parse import parse_qs
 
 import websockets.frames
@@ -84,6 +76,7 @@ from services import (
     Context,
     LanguageService,
     Monitor,
+    RedisBackplane,
     Service,
     ServiceError,
     Unavailable,
@@ -243,7 +236,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            self._check(option.name, option.metadata["low"])
+            self._check(option.name, str(option.type), option.metadata["low"])
         if self.loop not in ("auto", "asyncio", "uvloop"):
             raise ValueError(f"loop must be auto, asyncio or uvloop, not {self.loop!r}")
         if self.port > 65535:
@@ -261,11 +254,17 @@ class Config:
             if not name.startswith("/") or "," in name or len(name) > MAX_NAMESPACE_BYTES:
                 raise ValueError(f"namespace must start with / and hold no comma: {name!r}")
 
-    def _check(self, name: str, low: float) -> None:
+    def _check(self, name: str, declared: str, low: float) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        kinds, words = _OPTION_KINDS[declared.removesuffix(" | None")]
+        if value is None and declared.endswith(" | None"):
             return
-        if not math.isfinite(value) or value < low:
+        is_kind = isinstance(value, kinds) and isinstance(value, bool) == (declared == "bool")
+        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+            is_kind = False
+        if not is_kind:
+            raise ValueError(f"{name} must be {words}, not {value!r:.80}")
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= low):
             raise ValueError(f"{name} must be {low:g} or more, not {value}")
 
     @property
@@ -280,6 +279,13 @@ class Config:
 
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
+_OPTION_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str, os.PathLike), "a text"),
+    "tuple[str, ...]": ((tuple,), "a text or a list of texts"),
+}
 
 
 # --- 2 errors ----------------------------------------------------------------------------------
@@ -1397,6 +1403,7 @@ class SocketSession(Door):
             self.manager.leave_socket(client, reason)
 
     def leave(self) -> None:
+        self.manager.sessions.discard(self)
         self.pending, self.attachments = None, []
         for client in tuple(self.clients.values()):
             self.remove(client, "transport close")
@@ -1567,7 +1574,7 @@ class WebSocketManager:
         self.log_gate = LogGate()
         self.started_at = utc_now()
         self.is_draining = False
-        self.backplane: Any = None
+        self.backplane: RedisBackplane | None = None
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
         self._names = 0
         self.configure(Config())
@@ -1606,6 +1613,19 @@ class WebSocketManager:
         self._offset_number = 0
         self._pending: list[tuple[str, bytes]] = []
         self._pending_bytes = 0
+        self._pending_kept = 0  # of them, those that are in the history too
+
+    def use_backplane(self, backplane: RedisBackplane | None) -> None:
+        """Share broadcasts through `backplane`, or keep them in this process."""
+        self.services.pop("backplane", None)
+        self.backplane = backplane
+        if backplane is not None:
+            self.services["backplane"] = backplane
+            backplane.on_change = self._service_changed
+            backplane.on_touch = self._status_touched
+            backplane.receive = self.receive_entry
+            backplane.restore = self.restore_history
+            backplane.history_messages = self.config.history_messages
 
     # What an embedding program registers.
 
@@ -1685,9 +1705,10 @@ class WebSocketManager:
 
     def receive_broadcast(self, offset: str, body: bytes, *, is_kept: bool = True) -> None:
         """A broadcast is accepted: keep it and send it to the clients of this process."""
-        envelope = body[:-1] + b',"offset":"' + offset.encode() + b'"}'
+        envelope = with_offset(body, offset)
         if is_kept:
             self.history.append(offset, envelope)
+            self._pending_kept += 1
         self._pending.append((offset, envelope))
         self._pending_bytes += len(envelope)
         self.broadcasts += 1
@@ -1698,9 +1719,41 @@ class WebSocketManager:
         elif self._pending_bytes > FLUSH_BROADCAST_BYTES:
             self.flush_broadcasts()
 
+    def receive_entry(self, offset: str, body: bytes) -> None:
+        """An entry of the shared stream arrives: any process that reaches Redis may have put it."""
+        try:
+            body = checked_entry(body, self.config.max_message_bytes)
+        except ValueError as error:
+            if self.log_gate.admits("foreign entry"):
+                log.warning("skipped entry %s of the backplane: %s", offset, error)
+            return
+        self.receive_broadcast(offset, body)
+
+    def restore_history(self, base: str, entries: list[tuple[str, bytes]], is_gap: bool) -> None:
+        """History is loaded from the backplane; with a gap, clients are told to ask anew."""
+        self.flush_broadcasts()
+        self.history = History(self.config.history_messages, self.config.history_bytes, base)
+        for offset, body in entries:
+            try:
+                body = checked_entry(body, self.config.max_message_bytes)
+            except ValueError:
+                continue
+            self.history.append(offset, with_offset(body, offset))
+        self.flushed = self.history.last
+        self._status_touched()
+        if is_gap:
+            gap = encode_error("history_gap", _GAP_TEXT)
+            for client in self.all_clients():
+                client.deliver(gap, None)
+
+    def all_clients(self) -> list[Client]:
+        """Every client that broadcasts go to."""
+        return [*self.raw, *(client for members in self.sockets.values() for client in members)]
+
     def flush_broadcasts(self) -> None:
         """Write what was broadcast in this iteration of the loop: one write a client."""
-        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        pending, self._pending = self._pending, []
+        self._pending_bytes = self._pending_kept = 0
         if not pending:
             return
         self.flushed = pending[-1][0]
@@ -1831,7 +1884,6 @@ class WebSocketManager:
             return session.refuse(namespace, "unauthorized: " + _TOKEN_TEXT, code="unauthorized")
         client = SocketClient(session, namespace, auth)
         session.clients[namespace] = client
-        session.connect_deadline = NEVER
         if "connect" in self.handlers:
             self.spawn(self._welcome_socket(client))
         else:
@@ -1850,6 +1902,7 @@ class WebSocketManager:
             client.session.refuse(client.namespace, error)
 
     def _join_socket(self, client: SocketClient) -> None:
+        client.session.connect_deadline = NEVER
         missed = None
         if self.recovers:
             pid, offset = client.auth.pop("pid", None), client.auth.pop("offset", None)
@@ -1870,10 +1923,7 @@ class WebSocketManager:
     def _missed(self, offset: str) -> list[tuple[str, bytes]] | None:
         """What a returning client has not seen; what waits for the flush it gets with the rest."""
         missed = self.history.since(offset)
-        if missed is None:
-            return None
-        waiting = {offset for offset, _ in self._pending}
-        return [entry for entry in missed if entry[0] not in waiting]
+        return None if missed is None else missed[: len(missed) - self._pending_kept]
 
     def _catch_up(self, client: Client) -> None:
         """Status is not in the shared history of a backplane: a client that returns gets it."""
@@ -1962,6 +2012,21 @@ class WebSocketManager:
             connection.transport.abort()
 
 
+def with_offset(body: bytes, offset: str) -> bytes:
+    """The envelope of a broadcast: its type and data, and the offset it got."""
+    return b'%b,"offset":"%b"}' % (body[:-1], offset.encode())
+
+
+def checked_entry(body: bytes, max_bytes: int) -> bytes:
+    """A broadcast as another process put it into the backplane. Raises ValueError if it is none."""
+    if len(body) > max_bytes:
+        raise ValueError("too large")
+    value = loads(body)
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str) or "data" not in value:
+        raise ValueError("not a broadcast")
+    return dumps({"type": value["type"], "data": value["data"]})
+
+
 _GAP_TEXT = "broadcasts were missed that are no longer kept; ask for the status"
 _TOKEN_TEXT = "this server needs its token"
 Level = Literal["info", "warning", "error"]
@@ -2012,9 +2077,7 @@ def add_manager_commands(manager: WebSocketManager) -> None:
 
     async def clients(context: Context) -> dict[str, Any]:
         """List who is connected."""
-        everyone: list[Client] = [*manager.raw]
-        for members in manager.sockets.values():
-            everyone += members
+        everyone = manager.all_clients()
         listed = [{"id": c.id, "door": c.door, "namespace": c.namespace} for c in everyone[:100]]
         you = getattr(context.client, "id", None)
         return {"count": len(everyone), "you": you, "clients": listed}
@@ -3342,6 +3405,7 @@ DOORS = {
 
 SHUTDOWN_CLOSE_S = 2.0  # a peer that ignores our close must not hold up a restart
 CANCEL_S = 5.0  # for cancelled commands to clean up; services.CANCEL_WAIT_S is inside
+BACKPLANE_S = 2.0  # to load history from Redis before the first client is let in
 BACKLOG = 512  # connections the kernel completes while we are busy
 
 
@@ -3371,6 +3435,7 @@ class Server:
             raise StartError("this manager is served already")
         check_binding(self.config)
         manager.configure(self.config)
+        manager.use_backplane(make_backplane(self.config))
         manager.is_draining = False
         self._websocket_server = await self._bind()
         self.sockets = list(self._websocket_server.sockets)
@@ -3379,6 +3444,11 @@ class Server:
         self._sweep.add_done_callback(self._sweep_ended)
         self._monitor = Monitor(manager.services.values())
         self._monitor.start()
+        if manager.backplane is not None:
+            # Clients that come back at once would else find no history; without Redis they must.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(manager.backplane.is_loaded.wait(), BACKPLANE_S)
+        await self._websocket_server.start_serving()
 
     async def _bind(self) -> WebSocketServer:
         config = self.config
@@ -3391,6 +3461,7 @@ class Server:
             "close_timeout": config.close_timeout_s,
             "logger": _library_log,
             "backlog": BACKLOG,
+            "start_serving": False,
         }
         if config.certfile:
             options["ssl"] = make_tls_context(config)
@@ -3466,10 +3537,7 @@ class Server:
         manager = self.manager
         if manager.tasks:
             await asyncio.wait(tuple(manager.tasks), timeout=self.config.grace_s)
-        clients: list[Client] = [*manager.raw]
-        for members in manager.sockets.values():
-            clients += members
-        for client in clients:
+        for client in manager.all_clients():
             if client.calls is not None:
                 client.calls.stop()
         if manager.tasks:
@@ -3588,13 +3656,26 @@ def make_tls_context(config: Config) -> Any:
     return context
 
 
+def make_backplane(config: Config) -> RedisBackplane | None:
+    """The backplane of --backplane. Raises StartError."""
+    if config.backplane is None:
+        return None
+    try:
+        return RedisBackplane(config.backplane)
+    except ImportError:
+        raise StartError("--backplane needs the redis package: pip install redis") from None
+    except ValueError:  # its text may hold the password
+        raise StartError("--backplane must look like redis://host:6379") from None
+
+
 def make_config(options: Mapping[str, Any]) -> Config:
     """Config from keyword options. Raises TypeError or ValueError that names the option."""
     values = dict(options)
     for name in ("allow_origin", "allow_host", "namespaces"):
         if name in values:
-            given = values[name]
-            values[name] = (given,) if isinstance(given, str) else tuple(given or ())
+            given = values[name] or ()
+            given = (given,) if isinstance(given, str) else given
+            values[name] = tuple(given) if isinstance(given, Iterable) else given
     return Config(**values)
 
 
@@ -3665,7 +3746,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line: one flag for each option, grouped."""
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"karna_ws: {message}\n")  # one line; the usage would be twenty more
+
+    parser = Parser(
         prog="karna_ws.py",
         description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
         epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "

@@ -13,6 +13,7 @@ Contents
     model server  client of any OpenAI-compatible HTTP endpoint
     vision        VisionService: `describe`
     language      LanguageService: `interpret` and `ask`
+    backplane     RedisBackplane: broadcasts shared with other processes
 
 A command is a function; its name, arguments and help come from its signature and docstring:
 
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Call", "Command", "CommandFailed", "CommandProcessor", "CommandTimeout", "Context",
-    "LanguageService", "Monitor", "Service", "ServiceError", "Unavailable", "UnknownCommand",
-    "UsageError", "VisionService",
+    "LanguageService", "Monitor", "RedisBackplane", "Service", "ServiceError", "Unavailable",
+    "UnknownCommand", "UsageError", "VisionService",
 ]  # fmt: skip
 
 log = logging.getLogger("karna.services")
@@ -2110,3 +2111,193 @@ class LanguageService(ModelService):
                 "(or KARNA_LANGUAGE_URL), such as http://localhost:11434"
             )
         return await self.chat(self.server, prompt, context.report)
+
+
+# ---- backplane -------------------------------------------------------------------------------
+# Broadcasts shared by several processes, over one Redis Stream: the stream's order is everybody's
+# order, and its ids are everybody's offsets. An entry whose acceptance is unknown is not sent
+# again: its publisher is told so, and nobody gets anything twice.
+
+STREAM = "karna:broadcasts"
+STREAM_ENTRIES = 10_000  # kept in Redis, about; far more than any node's history
+PUBLISH_WAIT_S = 3.0  # for Redis to accept an entry, then the publisher gets Unavailable
+READ_BLOCK_MS = 1_000  # of one XREAD; an empty answer shows that Redis is alive
+REDIS_TIMEOUT_S = 2.5  # above the block: silence for so long means that Redis is away
+MAX_OUTBOX = 1_000  # broadcasts that wait to be accepted; when it is full, publishers are refused
+MAX_PIPELINE = 100  # entries in one round trip
+
+Entry = tuple[str, bytes]  # stream id, body
+
+
+class RedisBackplane(Service):
+    """Shares broadcasts with other processes. It starts, fails, recovers and has a status.
+
+    receive: called with (offset, body) for each accepted broadcast, this node's own included.
+    restore: called with (offset before the first, entries) when history is loaded from Redis,
+    at the start and whenever entries may have been missed; `is_gap` tells which.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises ImportError without the `redis` package, ValueError for a bad URL."""
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        super().__init__("backplane")
+        # Without retries of its own: a lost answer to XADD must not become a second entry.
+        self._redis: Any = Redis.from_url(
+            url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_TIMEOUT_S,
+            socket_connect_timeout=REDIS_TIMEOUT_S,
+        )  # fmt: skip
+        where = self._redis.connection_pool.connection_kwargs
+        self.address = str(where.get("path") or f"{where.get('host')}:{where.get('port')}")
+        self.receive: Callable[[str, bytes], None] = lambda offset, body: None
+        self.restore: Callable[[str, list[Entry], bool], None] = lambda base, entries, is_gap: None
+        self.history_messages = 1_000
+        self._last: str | None = None  # the id of the last entry seen
+        self._outbox: deque[tuple[bytes, asyncio.Future[None]]] = deque()
+        self._news = asyncio.Event()
+        self._tasks = Tasks()
+        self._is_running = False
+        self.is_loaded = asyncio.Event()  # history was loaded once
+
+    async def start(self) -> None:
+        """Begin to read and to publish; Redis may come later."""
+        if not self._is_running:
+            self._is_running = True
+            self.set_state("starting", f"connecting to Redis at {self.address}")
+            self._tasks.spawn(self._read_forever(), "backplane reader")
+            self._tasks.spawn(self._publish_forever(), "backplane publisher")
+
+    async def stop(self) -> None:
+        self._is_running = False
+        await self._tasks.end_all()
+        for _, accepted in self._outbox:
+            accepted.cancel()
+        self._outbox.clear()
+        await self._redis.aclose()
+
+    async def check(self) -> None:
+        """The reader knows; the monitor is told what it knows."""
+        if self.state != "running":
+            raise Unavailable(self.detail)
+
+    # Publishing.
+
+    def enqueue(self, body: bytes) -> asyncio.Future[None]:
+        """Hand over a broadcast; the result comes when Redis has accepted it.
+
+        Raises Unavailable when Redis is away or too much waits already.
+        """
+        if self.state != "running":
+            raise Unavailable(f"the backplane is {self.state}: {self.detail}")
+        if len(self._outbox) >= MAX_OUTBOX:
+            raise Unavailable("too many broadcasts wait for Redis")
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        accepted.add_done_callback(_look_at)
+        self._outbox.append((body, accepted))
+        self._news.set()
+        return accepted
+
+    async def publish(self, body: bytes) -> None:
+        """`enqueue`, and wait until it is accepted; raises Unavailable after a bounded time."""
+        accepted = self.enqueue(body)
+        try:
+            await asyncio.wait_for(accepted, PUBLISH_WAIT_S)
+        except TimeoutError:
+            raise Unavailable("Redis did not accept the broadcast in time") from None
+
+    async def _publish_forever(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._outbox:
+                count = min(len(self._outbox), MAX_PIPELINE)
+                taken = [self._outbox.popleft() for _ in range(count)]
+                # One whose publisher has given up is not sent: it has been told so.
+                await self._publish_some([each for each in taken if not each[1].done()])
+
+    async def _publish_some(self, some: list[tuple[bytes, asyncio.Future[None]]]) -> None:
+        try:
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for body, _ in some:
+                    pipeline.xadd(STREAM, {"body": body}, maxlen=STREAM_ENTRIES, approximate=True)
+                results = await pipeline.execute(raise_on_error=False)
+        except Exception as error:  # the redis package has many, all of them mean the same here
+            results = [error] * len(some)
+        for (_, accepted), result in zip(some, results, strict=True):
+            if accepted.done():
+                continue
+            if isinstance(result, Exception):
+                accepted.set_exception(Unavailable(f"Redis did not accept it: {explain(result)}"))
+            else:
+                accepted.set_result(None)
+
+    # Reading.
+
+    async def _read_forever(self) -> None:
+        delay_s = RETRY_FIRST_S / 4
+        while True:
+            try:
+                await self._catch_up()
+                self.set_state("running", f"Redis at {self.address}")
+                delay_s = RETRY_FIRST_S / 4
+                while True:
+                    await self._read_once()
+            except Exception as error:  # see _publish_some
+                self.set_state("degraded", f"Redis at {self.address} is away: {explain(error)}")
+            await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))
+            delay_s = min(delay_s * 2, RETRY_MAX_S / 3)
+
+    async def _read_once(self) -> None:
+        answer = await self._redis.xread({STREAM: self._last}, count=1_000, block=READ_BLOCK_MS)
+        for _, entries in answer or ():
+            for entry in entries:
+                self._last, body = _entry(entry)
+                self.receive(self._last, body)
+
+    async def _catch_up(self) -> None:
+        """Load history at the start, and again when what we saw last is no longer in the stream."""
+        if self._last is None:
+            base, entries = await self._load()
+            self._last = entries[-1][0] if entries else base
+            self.restore(base, entries, False)
+            self.is_loaded.set()
+        elif not await self._is_seamless(self._last):
+            base, entries = await self._load()
+            self._last = entries[-1][0] if entries else base
+            self.restore(base, entries, True)
+
+    async def _is_seamless(self, last: str) -> bool:
+        """Is the entry after `last` sure to be the next one?"""
+        if await self._redis.xrange(STREAM, last, last, count=1):
+            return True
+        return last == "0-0" and await self._is_complete()
+
+    async def _is_complete(self) -> bool:
+        """Does the stream still hold all that was ever added to it?"""
+        if not await self._redis.exists(STREAM):
+            return True
+        info = await self._redis.xinfo_stream(STREAM)
+        return bool(info.get("entries-added") == info["length"])  # Redis 6 does not say
+
+    async def _load(self) -> tuple[str, list[Entry]]:
+        """The newest entries, oldest first, and the id before them."""
+        found = await self._redis.xrevrange(STREAM, count=self.history_messages + 1)
+        entries = [_entry(each) for each in reversed(found)]
+        if len(entries) <= self.history_messages and await self._is_complete():
+            return "0-0", entries
+        # What came before the oldest one is unknown: it becomes the base itself.
+        return (entries[0][0], entries[1:]) if entries else ("0-0", [])
+
+
+def _look_at(accepted: asyncio.Future[None]) -> None:
+    """A broadcast that nobody waits for: its failure is logged by being looked at here."""
+    if not accepted.cancelled() and accepted.exception() is not None:
+        log.warning("broadcast not published: %s", accepted.exception())
+
+
+def _entry(found: tuple[bytes, dict[bytes, bytes]]) -> Entry:
+    """An entry of the stream; one of another program has an empty body."""
+    offset, values = found
+    return offset.decode(), values.get(b"body", b"") if values else b""
