@@ -110,7 +110,7 @@ MAX_JSON_DEPTH = 100  # where we walk a value ourselves (attachments); Python's 
 MAX_BATCH = 256  # JSON-RPC requests in one message
 MAX_WAITING = 256  # requests of one client that wait for a running command to end...
 MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
-MAX_OFFSET_BYTES = 64  # of a recovery offset sent by a client
+MAX_PID_CHARS = 100  # of a private id that a Socket.IO client comes back with
 PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
 FLUSH_ANSWERS = 64  # answers joined into one write before it leaves
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
@@ -263,7 +263,7 @@ class Config:
         if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
             is_kind = False
         if not is_kind:
-            raise ValueError(f"{name} must be {words}, not {value!r:.80}")
+            raise ValueError(f"{name} must be {words}, not {type(value).__name__}")
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= low):
             raise ValueError(f"{name} must be {low:g} or more, not {value}")
 
@@ -474,8 +474,7 @@ def encode_packet(packet: Packet) -> list[bytes]:
     kind, data = packet.type, packet.data
     if kind in _BINARY_KIND:
         data = _extract_attachments(data, attachments)
-        if attachments:
-            kind = _BINARY_KIND[kind]
+        kind = _BINARY_KIND[kind][bool(attachments)]
     text = b"%d" % kind
     if attachments:
         text += b"%d-" % len(attachments)
@@ -487,11 +486,13 @@ def encode_packet(packet: Packet) -> list[bytes]:
     return [text, *attachments]
 
 
-_BINARY_KIND = {
-    PacketType.EVENT: PacketType.BINARY_EVENT,
-    PacketType.ACK: PacketType.BINARY_ACK,
-    PacketType.BINARY_EVENT: PacketType.BINARY_EVENT,
-    PacketType.BINARY_ACK: PacketType.BINARY_ACK,
+_EVENT_KINDS = (PacketType.EVENT, PacketType.BINARY_EVENT)
+_ACK_KINDS = (PacketType.ACK, PacketType.BINARY_ACK)
+_BINARY_KIND = {  # without attachments, with them
+    PacketType.EVENT: _EVENT_KINDS,
+    PacketType.BINARY_EVENT: _EVENT_KINDS,
+    PacketType.ACK: _ACK_KINDS,
+    PacketType.BINARY_ACK: _ACK_KINDS,
 }
 
 
@@ -1181,7 +1182,11 @@ class SocketClient(Client):
         self._held: list[bytes] | None = []  # frames that must follow the CONNECT answer
 
     async def emit(self, event: str, *args: Any) -> None:
-        self.send_packet(Packet(PacketType.EVENT, self.namespace, [event, *args]))
+        values = [event, *args]
+        if self.pid is not None and isinstance(values[-1], str):
+            # socket.io-client takes an event's last string for its recovery offset.
+            values.append(self.manager.flushed)
+        self.send_packet(Packet(PacketType.EVENT, self.namespace, values))
         await self.connection.drained()
 
     async def disconnect(self, reason: str = "") -> None:
@@ -1902,23 +1907,25 @@ class WebSocketManager:
             client.session.refuse(client.namespace, error)
 
     def _join_socket(self, client: SocketClient) -> None:
-        client.session.connect_deadline = NEVER
-        missed = None
+        pid, offset = client.auth.pop("pid", None), client.auth.pop("offset", None)
+        missed = self._missed_by_socket(pid, offset) if self.recovers else None
         if self.recovers:
-            pid, offset = client.auth.pop("pid", None), client.auth.pop("offset", None)
-            is_pid = isinstance(pid, str) and 0 < len(pid) <= MAX_OFFSET_BYTES
-            if is_pid and isinstance(offset, str):
-                missed = self._missed(offset)
-            client.pid = pid if missed is not None else new_id()
-            client.id = sid_of(cast(str, client.pid))
-            client.recovered = missed is not None
-        else:
-            client.id = new_id()
+            # The offset is for a client that is cut off before it has seen one.
+            client.pid = pid if missed is not None else f"{new_id()}.{self.flushed}"
+        client.id = new_id() if client.pid is None else sid_of(client.pid)
+        client.recovered = missed is not None
         self.sockets.setdefault(client.namespace, set()).add(client)
         client.connection.allow(sum(len(envelope) for _, envelope in missed or ()))
         client.accept(missed or ())
         if missed is not None:
             self._catch_up(client)
+
+    def _missed_by_socket(self, pid: Any, offset: Any) -> list[tuple[str, bytes]] | None:
+        """What a Socket.IO client missed since `offset`, or else since it was given its pid."""
+        if not isinstance(pid, str) or len(pid) > MAX_PID_CHARS:
+            return None
+        missed = self._missed(offset) if isinstance(offset, str) else None
+        return self._missed(pid.partition(".")[2]) if missed is None else missed
 
     def _missed(self, offset: str) -> list[tuple[str, bytes]] | None:
         """What a returning client has not seen; what waits for the flush it gets with the rest."""
@@ -2286,9 +2293,10 @@ def handle_event(
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
     if name in client.manager.handlers:
         return handle_own_event(client, name, args, ack, size)
-    if ack is None and name not in BUILT_IN_METHODS and name not in client.manager.methods:
+    is_method = name in BUILT_IN_METHODS or name in client.manager.methods
+    if not is_method and ack is None:
         return None  # as socket.io does with an event that nobody handles
-    params = args[0] if args else {}
+    params = args[0] if is_method and args else {}
     answer = handle_request(Request(client, None, ack, size), {"method": name, "params": params})
     return None if answer is None else client.wrap(answer, ack)
 
