@@ -32,6 +32,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import inspect
@@ -243,8 +244,9 @@ class Config:
             raise ValueError(f"port must be 65535 at most, not {self.port}")
         if self.keyfile and not self.certfile:
             raise ValueError("keyfile needs certfile")
-        if self.token is not None and not self.token.strip():
-            raise ValueError("token must not be empty")
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            # Of anything else the clients' HTTP libraries make different bytes.
+            raise ValueError("token must be printable ASCII, without blanks around it")
         for origin in self.allow_origin:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
@@ -278,7 +280,8 @@ class Config:
         return 25.0 if self.ping_interval_s is None else self.ping_interval_s
 
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:(?![/?#])[!-~])+", re.IGNORECASE)
+_TOKEN = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _OPTION_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "True or False"),
     "int": ((int,), "a whole number"),
@@ -1329,6 +1332,7 @@ class SocketSession(Door):
             raise BadPacket("text while attachments are pending")
         packet = decode_packet(payload[1:])
         if packet.attachments:
+            self._find_handler(packet)  # first: what may not be sent is not kept either
             self.pending = packet
             return None
         return self._handle(packet, len(payload))
@@ -1372,6 +1376,11 @@ class SocketSession(Door):
         return handle_event(client, event, ack, len(payload))
 
     def _handle(self, packet: Packet, size: int) -> bytes | None:
+        return self._find_handler(packet)(self, packet, size)
+
+    def _find_handler(
+        self, packet: Packet
+    ) -> Callable[[SocketSession, Packet, int], bytes | None]:
         client = self.clients.get(packet.namespace)
         if client is None:
             standing = Standing.ABSENT
@@ -1380,7 +1389,7 @@ class SocketSession(Door):
         handler = _SOCKET_HANDLERS.get((standing, packet.type))
         if handler is None:
             raise BadPacket(f"{packet.type.name} while {standing.value}")
-        return handler(self, packet, size)
+        return handler
 
     def _connect(self, packet: Packet, size: int) -> None:
         self.manager.connect_socket(self, packet.namespace, packet.data or {})
@@ -1495,6 +1504,7 @@ class LogGate:
 
     BURST = 5  # lines of one kind...
     WINDOW_S = 10.0  # ...in this time
+    MAX_KINDS = 50  # a peer can make up kinds, such as origins; the rest are one kind together
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -1502,6 +1512,8 @@ class LogGate:
 
     def admits(self, kind: str) -> bool:
         """May a line of this kind be logged now?"""
+        if kind not in self._counts and len(self._counts) >= self.MAX_KINDS:
+            kind = "other lines"
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         return count <= self.BURST
 
@@ -2889,11 +2901,11 @@ def check_origin(config: Config, request: HttpRequest) -> str | None:
         return origin
     if _authority(origin) == _authority("https://" + request.headers["host"].lower()):
         return origin
-    shown = origin[:200] if _ORIGIN.fullmatch(origin) else "of this form"
+    if not _ORIGIN.fullmatch(origin) or len(origin) > 300:
+        raise Refused("forbidden", "an Origin of this form, such as null, is never allowed")
     raise Refused(
-        "forbidden", f"Origin {shown} is not allowed; --allow-origin {shown} would allow it",
-        origin=shown,
-    )  # fmt: skip
+        "forbidden", f"Origin {origin} is not allowed; --allow-origin {origin} would allow it"
+    )
 
 
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
@@ -2986,6 +2998,7 @@ def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
         _open_raw(connection, request)
     connection._flush_answers()
     if rest:
+        manager.bytes_in -= len(rest)  # counted with the head that it came with
         connection.data_received(rest)
 
 
@@ -3130,6 +3143,8 @@ def send_response(
         "Vary": "Origin",
         **(headers or {}),
     }
+    if status == 204:  # has no body to describe (RFC 9110, 8.6)
+        del fields["Content-Length"], fields["Content-Type"]
     if connection.origin is not None:
         fields["Access-Control-Allow-Origin"] = connection.origin
     head = f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
@@ -3148,8 +3163,7 @@ def refuse_http(connection: Connection, refused: Refused) -> None:
     text = str(refused)
     if refused.code == "forbidden" and manager.log_gate.admits(text[:300]):
         log.warning("%s refused: %s", connection.name, text)
-    data = {key: value for key, value in refused.data.items() if key != "origin"}
-    body = encode_error(refused.code, text, **data)
+    body = encode_error(refused.code, text, **refused.data)
     send_response(connection, refused.status, body, headers=refused.headers)
 
 
@@ -3341,6 +3355,7 @@ def render_metrics(manager: WebSocketManager) -> str:
     add("refused_total", "counter", "Requests refused, by reason.", _by("reason", metrics.refusals))
     add("service_state", "gauge", "1 for the state each service is in.", states)
     add("loop_lag_seconds", "gauge", "How late the loop's last tick was.", metrics.loop_lag_s)
+    add("tasks", "gauge", "Tasks of the event loop.", len(asyncio.all_tasks()))
     add("resident_memory_bytes", "gauge", "Resident memory of the process.", resident_bytes())
     return "\n".join(lines) + "\n"
 
@@ -3602,12 +3617,14 @@ def is_loopback(host: str) -> bool:
     """Do all addresses of this host belong to this machine alone?"""
     if not host:
         return False
+    if is_ip_address(host) or is_ip_address(f"[{host}]"):  # most are: saves the codecs for names
+        return host.startswith("127.") or host == "::1"
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise StartError(f"host {host!r} is no address of this machine: {error}") from None
     addresses = [str(address[0]) for *_, address in found]
-    return all(a.startswith("127.") or a in ("::1", "0:0:0:0:0:0:0:1") for a in addresses)
+    return all(address.startswith("127.") or address == "::1" for address in addresses)
 
 
 def inherited_socket() -> socket.socket | None:
@@ -3952,6 +3969,7 @@ def log_loop_error(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server from flags and environment; the exit code."""
+    gc.freeze()  # what is loaded by now stays: full collections need not walk it
     try:
         arguments = make_parser().parse_args(argv)
         set_up_logging(arguments.log_level)

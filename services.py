@@ -1424,6 +1424,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         self._unread = 0
         self._open = {1, 2}
         self._paused = False
+        self._discards = False
         self._news = asyncio.Event()
         self.has_exited = False
 
@@ -1431,6 +1432,8 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         self._transport = transport
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if self._discards:
+            return
         self._chunks.append((fd, data))
         self._unread += len(data)
         if self._unread > MAX_UNREAD_BYTES and not self._paused:
@@ -1454,6 +1457,13 @@ class ProgramWatch(asyncio.SubprocessProtocol):
             else:
                 pipe.resume_reading()
 
+    def discard(self) -> None:
+        """Read on to the end of the pipes, but keep nothing."""
+        self._discards = True
+        self._chunks.clear()
+        if self._paused:
+            self._pause(False)
+
     @property
     def is_over(self) -> bool:
         return self.has_exited and not self._open
@@ -1473,7 +1483,6 @@ class ProgramWatch(asyncio.SubprocessProtocol):
                 self._pause(False)
             if self.is_over or patience <= 0:
                 return
-            self._news.clear()
             began = time.monotonic()
             has_exited = self.has_exited
             await self.wait(patience if has_exited else None)
@@ -1482,6 +1491,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
 
     async def wait(self, timeout_s: float | None) -> None:
         """Wait for news of any kind."""
+        self._news.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
@@ -1552,30 +1562,27 @@ def _parts(line: str) -> list[str]:
 
 async def _end_program(transport: asyncio.SubprocessTransport, watch: ProgramWatch) -> None:
     """End what is left of a program and its process group: SIGTERM, a bounded wait, SIGKILL."""
+    if watch.is_over:
+        transport.close()
+        return
+    watch.discard()
     try:
         for name, wait_s in (("SIGTERM", TERM_WAIT_S), ("SIGKILL", KILL_WAIT_S)):
+            _signal_group(transport, name)
             deadline = time.monotonic() + wait_s
-            alive = not watch.is_over and _signal_group(transport, name)
-            while alive and time.monotonic() < deadline:
-                await asyncio.sleep(0.02)  # the kernel tells nobody when a group is empty
-                alive = _signal_group(transport, None)
-    finally:  # also when this was cancelled
-        if not watch.is_over:
-            _signal_group(transport, "SIGKILL")
+            while not watch.is_over and time.monotonic() < deadline:
+                await watch.wait(deadline - time.monotonic())
+    finally:  # also when this was cancelled; and for children that let go of the pipes
+        _signal_group(transport, "SIGKILL")
         transport.close()
 
 
-def _signal_group(transport: asyncio.SubprocessTransport, name: str | None) -> bool:
-    """Send a signal (None only asks) to the program's group; false when there is nobody left."""
-    try:
-        if sys.platform == "win32":
-            if name is not None:
-                transport.kill()
-            return transport.get_returncode() is None
-        os.killpg(transport.get_pid(), getattr(signal, name) if name else 0)
-    except OSError:  # nobody there, or it changed its user
-        return False
-    return True
+def _signal_group(transport: asyncio.SubprocessTransport, name: str) -> None:
+    if sys.platform == "win32":
+        transport.kill()
+        return
+    with contextlib.suppress(OSError):  # nobody left, or it changed its user
+        os.killpg(transport.get_pid(), getattr(signal, name))
 
 
 # ---- model server ----------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""FastAPI under uvicorn[standard], with the ConnectionManager of FastAPI's documentation."""
+
+import json
+import sys
+
+import uvicorn
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from work import answer
+
+
+class ConnectionManager:
+    def __init__(self) -> None:
+        self.active_connections: list[WebSocket] = []
+
+    async def connect(self, websocket: WebSocket) -> None:
+        await websocket.accept()
+        self.active_connections.append(websocket)
+
+    def disconnect(self, websocket: WebSocket) -> None:
+        self.active_connections.remove(websocket)
+
+    async def broadcast(self, message: str) -> None:
+        for connection in self.active_connections:
+            await connection.send_text(message)
+
+
+app = FastAPI()
+manager = ConnectionManager()
+
+
+@app.websocket("/ws")
+async def serve_client(websocket: WebSocket) -> None:
+    await manager.connect(websocket)
+    try:
+        while True:
+            envelope, news = answer(await websocket.receive_json())
+            if news:
+                await manager.broadcast(json.dumps(news, separators=(",", ":")))
+            await websocket.send_json(envelope)
+    except WebSocketDisconnect:
+        manager.disconnect(websocket)
+
+
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
