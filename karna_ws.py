@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 from base64 import b64encode, urlsafe_b64encode
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from collections.abc import Mapping, Sequence
@@ -66,7 +66,6 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websockets_serve
 from websockets.asyncio.server import unix_serve as websockets_unix_serve
 from websockets.frames import BINARY, CONT, TEXT, CloseCode, Frame
-from websockets.http11 import Request as HttpHead
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
@@ -83,6 +82,7 @@ from services import (
     Unavailable,
     UsageError,
     VisionService,
+    stream_id,
     utc_now,
 )
 
@@ -112,10 +112,13 @@ MAX_BATCH = 256  # JSON-RPC requests in one message
 MAX_WAITING = 256  # requests of one client that wait for a running command to end...
 MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
 MAX_PID_CHARS = 100  # of a private id that a Socket.IO client comes back with
+ENVELOPE_BYTES = 1024  # more than a notification is longer than the request for it
+LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
 PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
 FLUSH_ANSWERS = 64  # answers joined into one write before it leaves
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
-LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut
+LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
+SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 SECONDS = "SECONDS"
 BYTES = "BYTES"
 COUNT = "N"
@@ -587,9 +590,8 @@ ENGINE_PING_FRAME = frame_text(b"2")  # Engine.IO ping, for the Socket.IO door
 # client) is bypassed; the names of its that we rely on without a promise are gathered here, and
 # `test_library_has_the_private_names_we_use` says so when a release changes them.
 #
-#   Connection.__init__(protocol, server, ...), .loop, .transport, .connection_lost_waiter
-#   ServerProtocol.receive_data, receive_eof, events_received, data_to_send, accept, send_response,
-#   send_close, fail, state, eof_sent, current_size       Frame.opcode, .data, .fin
+#   ServerProtocol.receive_data, receive_eof, events_received, data_to_send, send_close, fail,
+#   state, parse, parser, reader.eof, eof_sent, current_size       Frame.opcode, .data, .fin
 
 
 class Phase(Enum):
@@ -630,12 +632,15 @@ class Connection(ServerConnection):
         "door",
         "head",
         "heard",
+        "loop",
         "manager",
         "name",
         "next_ping",
         "origin",
         "phase",
         "pinged_at",
+        "protocol",
+        "transport",
         "waiting",
         "waiting_bytes",
     )  # fmt: skip
@@ -644,7 +649,10 @@ class Connection(ServerConnection):
         self, manager: WebSocketManager, protocol: ServerProtocol, server: WebSocketServer,
         **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(protocol, server, **options)
+        # Not super(): it makes futures, queues and loggers for the machinery we go around, 2 KiB
+        # and 10 microseconds a client.
+        self.protocol = protocol
+        self.loop = asyncio.get_running_loop()
         self.manager = manager
         self.name = manager.next_name()
         self.door: Door | None = None
@@ -711,9 +719,6 @@ class Connection(ServerConnection):
         self.manager.release(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
-        if not self.connection_lost_waiter.done():
-            self.connection_lost_waiter.set_result(None)
-
     def pause_writing(self) -> None:
         self.hold(HOLD_WRITES)
 
@@ -965,6 +970,9 @@ class Connection(ServerConnection):
 
     def open(self, door: Door, ping_interval_s: float) -> None:
         """The handshake is done: from here on `door` gets the messages."""
+        self.protocol.state = State.OPEN
+        self.protocol.parser = self.protocol.parse()  # past the HTTP head, which was ours
+        next(self.protocol.parser)
         self.door = door
         self.phase = Phase.OPEN
         self.next_ping = self.deadline = self.loop.time() + ping_interval_s
@@ -1499,6 +1507,28 @@ class History:
         return list(self.entries)[-count:] if count else []
 
 
+class StreamHistory(History):
+    """History whose offsets are ids of a stream that several processes share.
+
+    They have an order, so an offset that another process gave a client is understood here even if
+    this one has no broadcast under it: there it may be where that process began, or a foreign
+    entry that was skipped.
+    """
+
+    def since(self, offset: str) -> list[tuple[str, bytes]] | None:
+        missed = super().since(offset)
+        if missed is not None:
+            return missed
+        try:
+            wanted = stream_id(offset)
+        except ValueError:
+            return None
+        if wanted < stream_id(self._base):
+            return None
+        entries = list(self.entries)
+        return entries[bisect_right(entries, wanted, key=lambda entry: stream_id(entry[0])) :]
+
+
 class LogGate:
     """Lets the first lines of each kind through and counts the rest: a flood can't fill a disk."""
 
@@ -1593,6 +1623,7 @@ class WebSocketManager:
         self.is_draining = False
         self.backplane: RedisBackplane | None = None
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
+        self.when_empty: asyncio.Event | None = None  # set when the last socket is closed
         self._names = 0
         self.configure(Config())
 
@@ -1643,6 +1674,7 @@ class WebSocketManager:
             backplane.receive = self.receive_entry
             backplane.restore = self.restore_history
             backplane.history_messages = self.config.history_messages
+            backplane.history_bytes = self.config.history_bytes
 
     # What an embedding program registers.
 
@@ -1695,11 +1727,11 @@ class WebSocketManager:
 
         Never waits. With a backplane it goes to the clients of every process, once Redis has
         taken it. Raises TypeError for data that JSON can't hold, Unavailable when the backplane
-        is away.
+        is away, ValueError for what is too long for it.
         """
         body = encode_json({"type": type, "data": data})
         if self.backplane is not None:
-            self.backplane.enqueue(body)
+            self.backplane.enqueue(self._checked_length(body))
         else:
             self._offset_number += 1
             self.receive_broadcast(f"{self.epoch}-{self._offset_number}", body)
@@ -1709,8 +1741,19 @@ class WebSocketManager:
         """`broadcast`, and wait until the backplane has accepted it."""
         if self.backplane is None:
             return self.broadcast(type, data)
-        await self.backplane.publish(encode_json({"type": type, "data": data}))
+        body = encode_json({"type": type, "data": data})
+        await self.backplane.publish(self._checked_length(body))
         return self.count_clients()
+
+    def _checked_length(self, body: bytes) -> bytes:
+        if len(body) > self.max_entry_bytes:  # no process would take it from the backplane
+            raise ValueError(f"a broadcast must have {self.max_entry_bytes} bytes at most")
+        return body
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """Longest broadcast in the backplane: what came in as a request fits."""
+        return max(self.config.max_message_bytes, self.config.max_body_bytes) + ENVELOPE_BYTES
 
     def notify(self, message: str, level: str = "info") -> int:
         """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
@@ -1739,29 +1782,29 @@ class WebSocketManager:
     def receive_entry(self, offset: str, body: bytes) -> None:
         """An entry of the shared stream arrives: any process that reaches Redis may have put it."""
         try:
-            body = checked_entry(body, self.config.max_message_bytes)
+            body = checked_entry(body, self.max_entry_bytes)
         except ValueError as error:
             if self.log_gate.admits("foreign entry"):
                 log.warning("skipped entry %s of the backplane: %s", offset, error)
             return
         self.receive_broadcast(offset, body)
 
-    def restore_history(self, base: str, entries: list[tuple[str, bytes]], is_gap: bool) -> None:
-        """History is loaded from the backplane; with a gap, clients are told to ask anew."""
+    def restore_history(self, base: str, entries: list[tuple[str, bytes]]) -> None:
+        """History is loaded from the backplane: who is a client already may have missed some."""
         self.flush_broadcasts()
-        self.history = History(self.config.history_messages, self.config.history_bytes, base)
+        config = self.config
+        self.history = StreamHistory(config.history_messages, config.history_bytes, base)
         for offset, body in entries:
             try:
-                body = checked_entry(body, self.config.max_message_bytes)
+                body = checked_entry(body, self.max_entry_bytes)
             except ValueError:
                 continue
             self.history.append(offset, with_offset(body, offset))
         self.flushed = self.history.last
         self._status_touched()
-        if is_gap:
-            gap = encode_error("history_gap", _GAP_TEXT)
-            for client in self.all_clients():
-                client.deliver(gap, None)
+        gap = encode_error("history_gap", _GAP_TEXT)
+        for client in self.all_clients():
+            client.deliver(gap, None)
 
     def all_clients(self) -> list[Client]:
         """Every client that broadcasts go to."""
@@ -1856,6 +1899,8 @@ class WebSocketManager:
     def release(self, connection: Connection) -> None:
         """A socket is closed."""
         self.connections.discard(connection)
+        if not self.connections and self.when_empty is not None:
+            self.when_empty.set()
 
     @property
     def is_full(self) -> bool:
@@ -1864,6 +1909,17 @@ class WebSocketManager:
 
     def join_raw(self, client: RawClient, since: str | None) -> None:
         """A raw client is in: replay what it missed, then it is live."""
+        if since is not None and self._is_ahead(since):
+            self.spawn(self._join_raw_later(client, since))
+        else:
+            self._join_raw(client, since)
+
+    async def _join_raw_later(self, client: RawClient, since: str) -> None:
+        await self._until_read(since)
+        if client.connection.phase is Phase.OPEN:
+            self._join_raw(client, since)
+
+    def _join_raw(self, client: RawClient, since: str | None) -> None:
         self.raw.add(client)
         if since is not None:
             missed = self._missed(since)
@@ -1901,12 +1957,17 @@ class WebSocketManager:
             return session.refuse(namespace, "unauthorized: " + _TOKEN_TEXT, code="unauthorized")
         client = SocketClient(session, namespace, auth)
         session.clients[namespace] = client
-        if "connect" in self.handlers:
+        if "connect" in self.handlers or self._is_ahead(_offset_of(client)):
             self.spawn(self._welcome_socket(client))
         else:
             self._join_socket(client)
 
     async def _welcome_socket(self, client: SocketClient) -> None:
+        await self._until_read(_offset_of(client))
+        if client.session.clients.get(client.namespace) is not client:
+            return  # gone meanwhile
+        if "connect" not in self.handlers:
+            return self._join_socket(client)
         pid_and_offset = {"pid", "offset"}
         auth = {key: value for key, value in client.auth.items() if key not in pid_and_offset}
         error = await self._run_handler("connect", client, auth)
@@ -1919,8 +1980,9 @@ class WebSocketManager:
             client.session.refuse(client.namespace, error)
 
     def _join_socket(self, client: SocketClient) -> None:
-        pid, offset = client.auth.pop("pid", None), client.auth.pop("offset", None)
-        missed = self._missed_by_socket(pid, offset) if self.recovers else None
+        offset = _offset_of(client)
+        pid, _ = client.auth.pop("pid", None), client.auth.pop("offset", None)
+        missed = self._missed(offset) if self.recovers and offset else None
         if self.recovers:
             # The offset is for a client that is cut off before it has seen one.
             client.pid = pid if missed is not None else f"{new_id()}.{self.flushed}"
@@ -1932,17 +1994,20 @@ class WebSocketManager:
         if missed is not None:
             self._catch_up(client)
 
-    def _missed_by_socket(self, pid: Any, offset: Any) -> list[tuple[str, bytes]] | None:
-        """What a Socket.IO client missed since `offset`, or else since it was given its pid."""
-        if not isinstance(pid, str) or len(pid) > MAX_PID_CHARS:
-            return None
-        missed = self._missed(offset) if isinstance(offset, str) else None
-        return self._missed(pid.partition(".")[2]) if missed is None else missed
-
     def _missed(self, offset: str) -> list[tuple[str, bytes]] | None:
         """What a returning client has not seen; what waits for the flush it gets with the rest."""
-        missed = self.history.since(offset)
+        missed = None if self._is_ahead(offset) else self.history.since(offset)
         return None if missed is None else missed[: len(missed) - self._pending_kept]
+
+    def _is_ahead(self, offset: str) -> bool:
+        """Has another process sent this to a client, while it is still on its way to this one?"""
+        return self.backplane is not None and self.backplane.is_ahead(offset)
+
+    async def _until_read(self, offset: str) -> None:
+        """Wait a bounded time, or the client would get again what it has seen elsewhere."""
+        until = time.monotonic() + LAG_S
+        while self._is_ahead(offset) and time.monotonic() < until:
+            await asyncio.sleep(0.01)
 
     def _catch_up(self, client: Client) -> None:
         """Status is not in the shared history of a backplane: a client that returns gets it."""
@@ -2031,6 +2096,14 @@ class WebSocketManager:
             connection.transport.abort()
 
 
+def _offset_of(client: SocketClient) -> str:
+    """What a Socket.IO client saw last, or else was given with its pid; "" if it has no pid."""
+    pid, offset = client.auth.get("pid"), client.auth.get("offset")
+    if not isinstance(pid, str) or len(pid) > MAX_PID_CHARS:
+        return ""
+    return offset if isinstance(offset, str) else pid.partition(".")[2]
+
+
 def with_offset(body: bytes, offset: str) -> bytes:
     """The envelope of a broadcast: its type and data, and the offset it got."""
     return b'%b,"offset":"%b"}' % (body[:-1], offset.encode())
@@ -2043,7 +2116,10 @@ def checked_entry(body: bytes, max_bytes: int) -> bytes:
     value = loads(body)
     if not isinstance(value, dict) or not isinstance(value.get("type"), str) or "data" not in value:
         raise ValueError("not a broadcast")
-    return dumps({"type": value["type"], "data": value["data"]})
+    try:
+        return dumps({"type": value["type"], "data": value["data"]})
+    except TypeError as error:  # it reads deeper nesting than it writes
+        raise ValueError(str(error)) from None
 
 
 _GAP_TEXT = "broadcasts were missed that are no longer kept; ask for the status"
@@ -2511,18 +2587,23 @@ class Calls:
         """The server stops: refuse what waits, cancel what runs, and let the client know."""
         for request, _ in (*self.serial, *self.parallel):
             request.deliver(request.fail("unavailable", "the server is shutting down"))
-        self.serial.clear()
-        self.parallel.clear()
+        self._forget_waiting()
         for request in tuple(self.running):
             request.task.cancel()
 
     def abandon(self) -> None:
         """The client is gone: nobody waits for an answer any more."""
         self.client.calls = None
-        self.serial.clear()
-        self.parallel.clear()
+        self._forget_waiting()
         for request in tuple(self.running):
             request.task.cancel()
+
+    def _forget_waiting(self) -> None:
+        waiting = [request for request, _ in (*self.serial, *self.parallel)]
+        self.serial.clear()
+        self.parallel.clear()
+        # Its connection may go on, with other namespaces or with this one again.
+        self._count_waiting(-len(waiting), -sum(request.size for request in waiting))
 
 
 def _result_code(is_cancelled: bool, error: BaseException | None) -> str:
@@ -2729,7 +2810,7 @@ def _describe_method(name: str, summary: str, arguments: list[dict[str, Any]]) -
 
 def read_head(connection: Connection, data: bytes) -> None:
     """Collect an HTTP head; go on with it when it is whole."""
-    end = data.find(b"\r\n\r\n")
+    end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
     if end >= 0:
         return handle_head(connection, data[: end + 4], data[end + 4 :])
     if not 65 <= data[0] <= 90:  # no method starts like this; TLS on a plain port does
@@ -2749,7 +2830,7 @@ def _head_too_large(head: bytes) -> Refused:
 def handle_head(connection: Connection, head: bytes, rest: bytes) -> None:
     """A whole HTTP head has arrived: refuse it, upgrade it, or answer it."""
     try:
-        request = parse_head(connection, head)
+        request = parse_head(head)
         connection.head = request
         check_access(connection, request)
         if request.is_upgrade:
@@ -2773,7 +2854,7 @@ class HttpRequest(NamedTuple):
     headers: Mapping[str, str]  # names in lower case; a repeated header's values joined by ", "
     repeated: frozenset[str]  # names that occur more than once
     body_bytes: int
-    head: HttpHead  # as the websockets library knows it
+    is_http_1_0: bool
 
     @property
     def is_upgrade(self) -> bool:
@@ -2781,40 +2862,37 @@ class HttpRequest(NamedTuple):
         return "websocket" in self.headers.get("upgrade", "").lower()
 
 
-_CONTENT_LENGTH = re.compile(rb"(?im)^content-length:[^\r\n]*\r\n")
-_HEAD_LINE = re.compile(rb"[A-Z]{1,20} [!-~]+ HTTP/1\.[01]")
+_HEAD = re.compile(
+    rb"(?P<method>[A-Z]{1,20}) (?P<target>[!-~]+) HTTP/1\.(?P<minor>[01])\r\n"
+    rb"(?P<headers>(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
+)  # RFC 9112, 3 and 5, without folded lines
 
 
-def parse_head(connection: Connection, head: bytes) -> HttpRequest:
+def parse_head(head: bytes) -> HttpRequest:
     """Parse an HTTP head. Raises Refused for one that is malformed or too large."""
     lines = head.split(b"\r\n")
     if len(lines) > MAX_HEAD_LINES + 2 or max(map(len, lines)) > MAX_HEAD_LINE_BYTES:
         raise _head_too_large(head)
-    if not _HEAD_LINE.fullmatch(lines[0]):
-        raise Refused("invalid_request", "malformed request line")
-    # The library refuses requests that announce a body; the body is ours to read.
-    connection.protocol.receive_data(_CONTENT_LENGTH.sub(b"", head))
-    events = connection.protocol.events_received()
-    connection.protocol.data_to_send()  # its own refusal, which is no JSON
-    if b"transfer-encoding" in head.lower() and "transfer-encoding" in _header_names(lines):
-        raise Refused("invalid_request", "a body needs Content-Length", status=411)
-    if not events or not isinstance(events[0], HttpHead):
-        raise Refused("invalid_request", "malformed headers")
-    parsed = events[0]
-    headers, repeated = _merge_headers(lines[1:-2])
-    path, _, query_text = parsed.path.partition("?")
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        raise Refused("invalid_request", "malformed HTTP head")
+    path, _, query_text = match["target"].decode().partition("?")
     if not path.startswith("/"):
         raise Refused("invalid_request", "the request target must be a path")
+    headers, repeated = _merge_headers(lines[1:-2])
+    if "transfer-encoding" in headers:
+        raise Refused("invalid_request", "a body needs Content-Length", status=411)
+    return HttpRequest(
+        match["method"].decode(), path, _parse_query(query_text), headers, repeated,
+        _content_length(headers, repeated), match["minor"] == b"0",
+    )  # fmt: skip
+
+
+def _parse_query(text: str) -> dict[str, list[str]]:
     try:
-        query = parse_qs(query_text, keep_blank_values=True, max_num_fields=100)
+        return parse_qs(text, keep_blank_values=True, max_num_fields=100) if text else {}
     except ValueError:
         raise Refused("invalid_request", "the query has too many fields") from None
-    size = _content_length(headers, repeated)
-    return HttpRequest(parsed.method, path, query, headers, repeated, size, parsed)
-
-
-def _header_names(lines: Iterable[bytes]) -> set[str]:
-    return {line.partition(b":")[0].strip().lower().decode("latin-1") for line in lines}
 
 
 def _merge_headers(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
@@ -2984,14 +3062,9 @@ def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
     if manager.is_draining or manager.is_full:
         what = "shutting down" if manager.is_draining else "full (--max-clients)"
         raise Refused("unavailable", f"the server is {what}", headers={"Retry-After": "5"})
-    response = connection.protocol.accept(request.head)
-    if response.status_code != 101:
-        _refuse_handshake(response.status_code)
-    response.headers["Cache-Control"] = "no-store"
-    connection.protocol.send_response(response)
+    handshake = accept_handshake(request)
     connection.head = None  # 1.7 KiB that nobody needs any more
-    connection._answers = []  # the handshake and what follows it leave in one write
-    connection.transport.write(b"".join(connection.protocol.data_to_send()))
+    connection._answers = [handshake]  # what follows it leaves in the same write
     if is_engine:
         _open_engine(connection, request)
     else:
@@ -3002,12 +3075,30 @@ def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
         connection.data_received(rest)
 
 
-def _refuse_handshake(status: int) -> None:
-    if status == 426:
-        raise _upgrade_required()
-    if status == 405:
+def accept_handshake(request: HttpRequest) -> bytes:
+    """The answer to a WebSocket handshake (RFC 6455, 4.2). Raises Refused for a malformed one."""
+    headers = request.headers
+    if request.method != "GET":
         raise Refused("invalid_request", "use GET", status=405, headers={"Allow": "GET"})
-    raise Refused("invalid_request", "malformed WebSocket handshake", status=status)
+    if request.is_http_1_0:
+        raise Refused("invalid_request", "a WebSocket needs HTTP/1.1", status=505)
+    options = [option.strip() for option in headers.get("connection", "").lower().split(",")]
+    if headers["upgrade"].lower() != "websocket" or "upgrade" not in options:
+        raise _upgrade_required()
+    if headers.get("sec-websocket-version") != "13":
+        raise _upgrade_required()
+    key = headers.get("sec-websocket-key", "")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise Refused("invalid_request", "malformed Sec-WebSocket-Key")
+    accept = b64encode(hashlib.sha1(key.encode() + _WEBSOCKET_GUID).digest())
+    return (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
+    )
+
+
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # 16 bytes
+_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 def _open_raw(connection: Connection, request: HttpRequest) -> None:
@@ -3109,7 +3200,7 @@ def _not_found() -> Refused:
 def _upgrade_required() -> Refused:
     return Refused(
         "invalid_request", "this is a WebSocket; connect with a WebSocket client",
-        status=426, headers={"Upgrade": "websocket"},
+        status=426, headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
     )  # fmt: skip
 
 
@@ -3151,7 +3242,7 @@ def send_response(
     head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
     is_head = connection.head is not None and connection.head.method == "HEAD"
     connection.phase = Phase.CLOSING
-    connection.deadline = connection.loop.time() + LINGER_S
+    connection.deadline = connection.loop.time() + LINGER_S + len(body) / SLOWEST_READER_BYTES_S
     connection.transport.write(head.encode("latin-1") + (b"" if is_head else body))
     connection._half_close()
 
@@ -3567,11 +3658,11 @@ class Server:
             await asyncio.wait(tuple(manager.tasks), timeout=CANCEL_S)
 
     async def _wait_for_peers(self, limit_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + limit_s
-        while self.manager.connections and loop.time() < until:
-            waiters = [connection.connection_lost_waiter for connection in self.manager.connections]
-            await asyncio.wait(waiters, timeout=until - loop.time())
+        manager = self.manager
+        manager.when_empty = asyncio.Event()
+        if manager.connections:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(manager.when_empty.wait(), limit_s)
 
     async def _cancel_tasks(self) -> None:
         tasks = [*self.manager.tasks]

@@ -2131,17 +2131,34 @@ PUBLISH_WAIT_S = 3.0  # for Redis to accept an entry, then the publisher gets Un
 READ_BLOCK_MS = 1_000  # of one XREAD; an empty answer shows that Redis is alive
 REDIS_TIMEOUT_S = 2.5  # above the block: silence for so long means that Redis is away
 MAX_OUTBOX = 1_000  # broadcasts that wait to be accepted; when it is full, publishers are refused
+MAX_OUTBOX_BYTES = 16 * 1024 * 1024  # of them together
 MAX_PIPELINE = 100  # entries in one round trip
+READ_ENTRIES = 32  # in one answer: long ones must still arrive within REDIS_TIMEOUT_S
+COMPLAIN_S = 10.0  # between two lines in the log about broadcasts that were not accepted
 
-Entry = tuple[str, bytes]  # stream id, body
+Entry = tuple[str, bytes | None]  # stream id, body; none for the mark at the stream's beginning
+_STREAM_ID = re.compile(r"(\d{1,15})-(\d{1,20})")
+
+
+def stream_id(offset: str) -> tuple[int, int]:
+    """A stream id such as '1700000000000-0' in its order. Raises ValueError if it is none."""
+    match = _STREAM_ID.fullmatch(offset)
+    if match is None:
+        raise ValueError("not a stream id")
+    return int(match[1]), int(match[2])
+
+
+def _id_before(offset: str) -> str:
+    milliseconds, number = stream_id(offset)
+    return f"{milliseconds}-{number - 1}" if number else f"{milliseconds - 1}-{2**64 - 1}"
 
 
 class RedisBackplane(Service):
     """Shares broadcasts with other processes. It starts, fails, recovers and has a status.
 
     receive: called with (offset, body) for each accepted broadcast, this node's own included.
-    restore: called with (offset before the first, entries) when history is loaded from Redis,
-    at the start and whenever entries may have been missed; `is_gap` tells which.
+    restore: called with (offset before the first, entries) when history is loaded from Redis, at
+    the start and whenever entries may have been missed: whoever is a client then has a gap.
     """
 
     def __init__(self, url: str) -> None:
@@ -2156,13 +2173,24 @@ class RedisBackplane(Service):
             url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_TIMEOUT_S,
             socket_connect_timeout=REDIS_TIMEOUT_S,
         )  # fmt: skip
-        where = self._redis.connection_pool.connection_kwargs
-        self.address = str(where.get("path") or f"{where.get('host')}:{where.get('port')}")
+        pool = self._redis.connection_pool
+        try:
+            pool.make_connection()  # without connecting: only this looks at the URL's ?options
+        except TypeError:
+            raise ValueError("an unknown option in the URL") from None
+        where = pool.connection_kwargs
+        host, port = where.get("host", "localhost"), where.get("port", 6379)
+        self.address = str(where.get("path") or f"{host}:{port}")
         self.receive: Callable[[str, bytes], None] = lambda offset, body: None
-        self.restore: Callable[[str, list[Entry], bool], None] = lambda base, entries, is_gap: None
+        self.restore: Callable[[str, list[tuple[str, bytes]]], None] = lambda base, entries: None
         self.history_messages = 1_000
+        self.history_bytes = 4 * 1024 * 1024
         self._last: str | None = None  # the id of the last entry seen
+        self._read_entries = READ_ENTRIES  # fewer where they do not arrive in time
+        self._health: tuple[State, str] = "starting", f"connecting to Redis at {self.address}"
         self._outbox: deque[tuple[bytes, asyncio.Future[None]]] = deque()
+        self._outbox_bytes = 0
+        self._complain_at = 0.0
         self._news = asyncio.Event()
         self._tasks = Tasks()
         self._is_running = False
@@ -2172,22 +2200,23 @@ class RedisBackplane(Service):
         """Begin to read and to publish; Redis may come later."""
         if not self._is_running:
             self._is_running = True
-            self.set_state("starting", f"connecting to Redis at {self.address}")
+            self.set_state(*self._health)
             self._tasks.spawn(self._read_forever(), "backplane reader")
             self._tasks.spawn(self._publish_forever(), "backplane publisher")
 
     async def stop(self) -> None:
         self._is_running = False
+        self.set_state("stopped")  # nothing enters the outbox any more
         await self._tasks.end_all()
         for _, accepted in self._outbox:
-            accepted.cancel()
+            if not accepted.done():
+                accepted.set_exception(Unavailable("the server stops"))
         self._outbox.clear()
         await self._redis.aclose()
 
     async def check(self) -> None:
-        """The reader knows; the monitor is told what it knows."""
-        if self.state != "running":
-            raise Unavailable(self.detail)
+        """Say again what the reader found: the monitor would say it too late, or for ever."""
+        self.set_state(*self._health)
 
     # Publishing.
 
@@ -2198,11 +2227,12 @@ class RedisBackplane(Service):
         """
         if self.state != "running":
             raise Unavailable(f"the backplane is {self.state}: {self.detail}")
-        if len(self._outbox) >= MAX_OUTBOX:
+        if len(self._outbox) >= MAX_OUTBOX or self._outbox_bytes > MAX_OUTBOX_BYTES:
             raise Unavailable("too many broadcasts wait for Redis")
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         accepted.add_done_callback(_look_at)
         self._outbox.append((body, accepted))
+        self._outbox_bytes += len(body)
         self._news.set()
         return accepted
 
@@ -2220,9 +2250,11 @@ class RedisBackplane(Service):
             self._news.clear()
             while self._outbox:
                 count = min(len(self._outbox), MAX_PIPELINE)
-                taken = [self._outbox.popleft() for _ in range(count)]
+                taken = [self._outbox[index] for index in range(count)]
                 # One whose publisher has given up is not sent: it has been told so.
                 await self._publish_some([each for each in taken if not each[1].done()])
+                for _ in taken:
+                    self._outbox_bytes -= len(self._outbox.popleft()[0])
 
     async def _publish_some(self, some: list[tuple[bytes, asyncio.Future[None]]]) -> None:
         try:
@@ -2232,6 +2264,9 @@ class RedisBackplane(Service):
                 results = await pipeline.execute(raise_on_error=False)
         except Exception as error:  # the redis package has many, all of them mean the same here
             results = [error] * len(some)
+        failures = [result for result in results if isinstance(result, Exception)]
+        if failures:
+            self._complain(len(failures), failures[0])
         for (_, accepted), result in zip(some, results, strict=True):
             if accepted.done():
                 continue
@@ -2240,71 +2275,105 @@ class RedisBackplane(Service):
             else:
                 accepted.set_result(None)
 
+    def _complain(self, count: int, error: Exception) -> None:
+        """Log broadcasts that were not accepted; clients can cause them, so not each."""
+        now = time.monotonic()
+        level = logging.WARNING if now >= self._complain_at else logging.DEBUG
+        log.log(level, "%d broadcasts not accepted by Redis: %s", count, one_line(explain(error)))
+        if level == logging.WARNING:
+            self._complain_at = now + COMPLAIN_S
+
     # Reading.
 
     async def _read_forever(self) -> None:
         delay_s = RETRY_FIRST_S / 4
         while True:
             try:
-                await self._catch_up()
-                self.set_state("running", f"Redis at {self.address}")
+                await self._read(None)
+                self._find("running", f"Redis at {self.address}")
                 delay_s = RETRY_FIRST_S / 4
                 while True:
-                    await self._read_once()
+                    await self._read(READ_BLOCK_MS)
+                    self._read_entries = min(self._read_entries * 2, READ_ENTRIES)
             except Exception as error:  # see _publish_some
-                self.set_state("degraded", f"Redis at {self.address} is away: {explain(error)}")
+                self._find("degraded", f"Redis at {self.address} is away: {explain(error)}")
+                self._read_entries = max(self._read_entries // 2, 1)
             await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))
             delay_s = min(delay_s * 2, RETRY_MAX_S / 3)
 
-    async def _read_once(self) -> None:
-        answer = await self._redis.xread({STREAM: self._last}, count=1_000, block=READ_BLOCK_MS)
+    def _find(self, state: State, detail: str) -> None:
+        self._health = state, detail
+        self.set_state(state, detail)
+
+    async def _read(self, block_ms: int | None) -> None:
+        """Take what follows the last entry seen; wait for it at most `block_ms`."""
+        if self._last is None:
+            return await self._load()
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.xread({STREAM: self._last}, count=self._read_entries, block=block_ms)
+            # Asked after the reading: while it is there, nothing that followed it was trimmed.
+            pipeline.xrange(STREAM, self._last, self._last, count=1)
+            answer, last = await pipeline.execute()
+        if not last:
+            return await self._load()
         for _, entries in answer or ():
             for entry in entries:
-                self._last, body = _entry(entry)
-                self.receive(self._last, body)
+                self._take(*_entry(entry))
 
-    async def _catch_up(self) -> None:
-        """Load history at the start, and again when what we saw last is no longer in the stream."""
-        if self._last is None:
-            base, entries = await self._load()
-            self._last = entries[-1][0] if entries else base
-            self.restore(base, entries, False)
-            self.is_loaded.set()
-        elif not await self._is_seamless(self._last):
-            base, entries = await self._load()
-            self._last = entries[-1][0] if entries else base
-            self.restore(base, entries, True)
+    def _take(self, offset: str, body: bytes | None) -> None:
+        self._last = offset
+        if body is not None:
+            self.receive(offset, body)
 
-    async def _is_seamless(self, last: str) -> bool:
-        """Is the entry after `last` sure to be the next one?"""
-        if await self._redis.xrange(STREAM, last, last, count=1):
-            return True
-        return last == "0-0" and await self._is_complete()
+    async def _load(self) -> None:
+        """Load history: at the start, or when what we saw last is no longer in the stream.
 
-    async def _is_complete(self) -> bool:
-        """Does the stream still hold all that was ever added to it?"""
-        if not await self._redis.exists(STREAM):
-            return True
-        info = await self._redis.xinfo_stream(STREAM)
-        return bool(info.get("entries-added") == info["length"])  # Redis 6 does not say
+        What is there and newer than what we saw last is delivered.
+        """
+        entries = await self._newest() or [await self._begin()]
+        seen = self._last
+        old = [each for each in entries if seen is None or stream_id(each[0]) <= stream_id(seen)]
+        base = _id_before(entries[0][0])  # that nothing lies between them is all we know
+        self._last = old[-1][0] if old else base
+        self.restore(base, [(offset, body) for offset, body in old if body is not None])
+        self.is_loaded.set()
+        for offset, body in entries[len(old) :]:
+            self._take(offset, body)
 
-    async def _load(self) -> tuple[str, list[Entry]]:
-        """The newest entries, oldest first, and the id before them."""
-        found = await self._redis.xrevrange(STREAM, count=self.history_messages + 1)
-        entries = [_entry(each) for each in reversed(found)]
-        if len(entries) <= self.history_messages and await self._is_complete():
-            return "0-0", entries
-        # What came before the oldest one is unknown: it becomes the base itself.
-        return (entries[0][0], entries[1:]) if entries else ("0-0", [])
+    async def _newest(self) -> list[Entry]:
+        """As many of the newest entries as history keeps, or some more; oldest first."""
+        entries: list[Entry] = []
+        size, until = 0, "+"
+        while True:
+            page = await self._redis.xrevrange(STREAM, until, "-", count=self._read_entries)
+            entries += map(_entry, page)
+            size += sum(len(_entry(each)[1] or b"") for each in page)
+            is_enough = len(entries) > self.history_messages or size > self.history_bytes
+            if is_enough or len(page) < self._read_entries:
+                return entries[::-1]
+            until = _id_before(entries[-1][0])
+
+    async def _begin(self) -> Entry:
+        """Put a mark into an empty stream: offsets before it are older than the stream."""
+        offset = await self._redis.xadd(STREAM, {"begin": utc_now()})
+        return offset.decode(), None
+
+    def is_ahead(self, offset: str) -> bool:
+        """Can another process have read this entry, while this one has not yet?"""
+        try:
+            return self._last is not None and stream_id(offset) > stream_id(self._last)
+        except ValueError:
+            return False
 
 
 def _look_at(accepted: asyncio.Future[None]) -> None:
-    """A broadcast that nobody waits for: its failure is logged by being looked at here."""
-    if not accepted.cancelled() and accepted.exception() is not None:
-        log.warning("broadcast not published: %s", accepted.exception())
+    """For a broadcast that nobody waits for: asyncio takes its error as seen."""
+    if not accepted.cancelled():
+        accepted.exception()
 
 
 def _entry(found: tuple[bytes, dict[bytes, bytes]]) -> Entry:
-    """An entry of the stream; one of another program has an empty body."""
+    """An entry of the stream; one of another program has a body that is no broadcast."""
     offset, values = found
-    return offset.decode(), values.get(b"body", b"") if values else b""
+    is_mark = b"begin" in values and b"body" not in values
+    return offset.decode(), None if is_mark else values.get(b"body", b"null")
