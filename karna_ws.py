@@ -745,7 +745,7 @@ class Connection(ServerConnection):
     def _read_frames(self, data: bytes) -> None:
         """Handle every whole frame in `data`, keep the rest; one write for all answers."""
         assert self.door is not None
-        receive = self.door.receive
+        receive, heads = self.door.receive, _SHORT_TEXT_HEADS
         answers = self._answers = []
         limit = self.manager.config.max_message_bytes
         position, end, need, messages = 0, len(data), 0, 0
@@ -782,7 +782,9 @@ class Connection(ServerConnection):
                     self._receive_failed(payload, first == 0x81, exc)
                 else:
                     if answer is not None:
-                        answers.append(frame_text(answer))
+                        size = len(answer)
+                        short = size < 126  # the common case of frame_text, without the call
+                        answers.append(heads[size] + answer if short else frame_text(answer))
                         if len(answers) >= FLUSH_ANSWERS:
                             self._flush_answers()
                             answers = self._answers = []
@@ -1194,7 +1196,7 @@ class SocketClient(Client):
 
     async def emit(self, event: str, *args: Any) -> None:
         values = [event, *args]
-        if self.pid is not None and isinstance(values[-1], str):
+        if self.manager.recovers and isinstance(values[-1], str):
             # socket.io-client takes an event's last string for its recovery offset.
             values.append(self.manager.flushed)
         self.send_packet(Packet(PacketType.EVENT, self.namespace, values))
@@ -1658,6 +1660,7 @@ class WebSocketManager:
         self._status_is_stable = makers <= {Service.get_status, CommandProcessor.get_status}
         self._status_json: bytes | None = None
         self._status_answer: bytes | None = None
+        self._status_done = -1  # the count of inline commands that both were made at
         self._offset_number = 0
         self._pending: list[tuple[str, bytes]] = []
         self._pending_bytes = 0
@@ -1851,13 +1854,15 @@ class WebSocketManager:
 
     def encode_status(self) -> bytes:
         """The status object as JSON; kept until a service changes."""
-        if self._status_json is None or not self._status_is_stable:
+        if self._status_json is None or self._status_done != self.commands.done:
+            # A status that others make up may change at any time: it is never kept.
+            self._status_done = self.commands.done if self._status_is_stable else -1
             self._status_json = encode_json(self.status())
         return self._status_json
 
     def encode_status_answer(self) -> bytes:
         """The answer to `get_status` up to its id; kept until the status or the offset changes."""
-        if self._status_answer is None or not self._status_is_stable:
+        if self._status_answer is None or self._status_done != self.commands.done:
             answer = b'{"type":"status_update","data":%b,"offset":"%b"' % (
                 self.encode_status(), self.flushed.encode()
             )  # fmt: skip
@@ -2331,8 +2336,7 @@ def execute_command(request: Request, params: dict[str, Any]) -> bytes | None:
     others = _NO_PARAMS
     if len(params) > 1:
         others = {name: value for name, value in params.items() if name != "command"}
-    commands = request.client.manager.commands
-    return submit(request, lambda: commands.prepare(line, others))
+    return submit(request, request.client.manager.commands.prepare, line, others)
 
 
 def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
@@ -2359,7 +2363,7 @@ def call_method(request: Request, method: str, params: dict[str, Any]) -> bytes 
     if command is None:
         known = ", ".join([*BUILT_IN_METHODS, *request.client.manager.methods])
         raise Refused("unknown_method", f"no such method; there are {known}", method=method)
-    return submit(request, lambda: bind_method(command, params))
+    return submit(request, bind_method, command, params)
 
 
 def bind_method(command: Command, params: dict[str, Any]) -> Call:
@@ -2396,7 +2400,7 @@ def handle_own_event(
     request = EventRequest(client, None, ack, size)
     handler = client.manager.handlers[name]
     try:
-        return submit(request, lambda: Call(handler, [client, *args], {}))
+        return submit(request, Call, handler, [client, *args], {})
     except (Refused, ServiceError) as error:
         request.fail(error.code, str(error), error.data)
     return None
@@ -2431,19 +2435,19 @@ class EventRequest(Request):
         pass  # an event has no progress in the protocol
 
 
-def submit(request: Request, prepare: Callable[[], Call]) -> bytes | None:
-    """Run a call now, or queue it behind what its client already runs."""
+def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes | None:
+    """Run the call that `prepare(*args)` gives: now, or behind what its client already runs."""
     client = request.client
     if client.manager.is_draining:
         raise Unavailable("the server is shutting down")
     calls = client.calls
     if calls is None:
-        call = prepare()
+        call = prepare(*args)
         if call.command.inline:
             return call_inline(request, call)
         calls = client.calls = Calls(client)
         return calls.run(request, call)
-    return calls.submit(request, prepare)
+    return calls.submit(request, functools.partial(prepare, *args))
 
 
 def call_inline(request: Request, call: Call) -> bytes | None:
@@ -2524,6 +2528,8 @@ class Calls:
         if self.client.calls is self:  # not when the client is gone
             request.deliver(answer)
             self._start_waiting()
+            if not self.running:  # nothing waits either: the shorter way is open again
+                self.client.calls = None
 
     def _conclude(self, request: Request, task: asyncio.Task[Any]) -> bytes | None:
         """The final answer of a task that has ended, however it did."""
