@@ -72,6 +72,7 @@ from websockets.server import ServerProtocol
 from services import (
     Call,
     Command,
+    CommandFailed,
     CommandProcessor,
     Context,
     LanguageService,
@@ -554,6 +555,11 @@ def encode_json(value: Any) -> bytes:
         return dumps(value, option=OPT_NON_STR_KEYS)
 
 
+def encodable(text: str) -> str:
+    """`text` without what UTF-8 has no form for: an exception's text may be anything."""
+    return text.encode(errors="replace").decode()
+
+
 _SHORT_TEXT_HEADS = [bytes((0x81, size)) for size in range(126)]
 
 
@@ -612,6 +618,7 @@ HOLD_CONNECT = 4  # its connect handler is still deciding
 HOLD_CLOSED = 8  # nothing that still arrives counts
 
 NEVER = math.inf
+_OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
 
 class Connection(ServerConnection):
@@ -690,7 +697,7 @@ class Connection(ServerConnection):
             if len(self._tail) < self._need or self._head_is_partial(len(data)):
                 return
             data, self._tail = bytes(self._tail), None
-        if self.phase is Phase.OPEN:
+        if self.phase is _OPEN:
             self._read_frames(data)
         else:
             _READERS[self.phase](self, data)
@@ -710,7 +717,7 @@ class Connection(ServerConnection):
             self._send_library_data()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.phase in (Phase.OPEN, Phase.ANSWERING) and self.door is not None:
+        if self.phase in (_OPEN, Phase.ANSWERING) and self.door is not None:
             self.door.leave()
         self.phase = Phase.CLOSED
         self.deadline = NEVER
@@ -798,7 +805,7 @@ class Connection(ServerConnection):
                 position = stop
         self.manager.messages_in += messages
         self._flush_answers()
-        if self.phase is not Phase.OPEN:
+        if self.phase is not _OPEN:
             self._read_late(data[position:])
         elif position < end:
             self._tail = bytearray(memoryview(data)[position:])
@@ -864,7 +871,8 @@ class Connection(ServerConnection):
             self._fail(CloseCode.INVALID_DATA, f"{bad.reason} at position {bad.start}")
         else:
             self.manager.log_error(f"{self.name} message failed", exc)
-            self.send_frame(frame_text(INTERNAL_ERROR))
+            if not isinstance(self.door, SocketSession):  # there it would be no packet
+                self.send_frame(frame_text(INTERNAL_ERROR))
 
     def _fail(self, code: CloseCode, reason: str) -> None:
         if self.protocol.state is State.OPEN:
@@ -929,7 +937,8 @@ class Connection(ServerConnection):
                 self.send_frame(b"".join(pieces))
             return
         self._flush_answers()
-        if pieces:
+        # Behind a close frame come pongs alone; who does not read them gets no more.
+        if pieces and (self.phase is Phase.OPEN or self.unsent <= self.max_unsent):
             self.transport.write(b"".join(pieces))
         self._begin_closing()
         if self.protocol.eof_sent and pieces and not pieces[-1]:
@@ -1625,6 +1634,7 @@ class WebSocketManager:
         self.is_draining = False
         self.backplane: RedisBackplane | None = None
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
+        self._thread = 0  # of that loop
         self.when_empty: asyncio.Event | None = None  # set when the last socket is closed
         self._names = 0
         self.configure(Config())
@@ -1728,17 +1738,23 @@ class WebSocketManager:
     def broadcast(self, type: str, data: Any) -> int:
         """Send an envelope to every client; how many of this process will get it.
 
-        Never waits. With a backplane it goes to the clients of every process, once Redis has
-        taken it. Raises TypeError for data that JSON can't hold, Unavailable when the backplane
-        is away, ValueError for what is too long for it.
+        Never waits; may be called from any thread. With a backplane it goes to the clients of
+        every process, once Redis has taken it. Raises TypeError for data that JSON can't hold,
+        Unavailable when the backplane is away, ValueError for what is too long for it.
         """
         body = encode_json({"type": type, "data": data})
+        if self.loop is None or threading.get_ident() == self._thread:
+            self._accept_broadcast(body)
+        else:  # a plain `def` command
+            self.loop.call_soon_threadsafe(self._accept_broadcast, body)
+        return self.count_clients()
+
+    def _accept_broadcast(self, body: bytes) -> None:
         if self.backplane is not None:
             self.backplane.enqueue(self._checked_length(body))
         else:
             self._offset_number += 1
             self.receive_broadcast(f"{self.epoch}-{self._offset_number}", body)
-        return self.count_clients()
 
     async def publish(self, type: str, data: Any) -> int:
         """`broadcast`, and wait until the backplane has accepted it."""
@@ -1985,6 +2001,7 @@ class WebSocketManager:
             client.session.refuse(client.namespace, error)
 
     def _join_socket(self, client: SocketClient) -> None:
+        client.session.connect_deadline = NEVER  # not earlier: the handler may have refused it
         offset = _offset_of(client)
         pid, _ = client.auth.pop("pid", None), client.auth.pop("offset", None)
         missed = self._missed(offset) if self.recovers and offset else None
@@ -2037,7 +2054,7 @@ class WebSocketManager:
             call = Call(self.handlers[event], [client, value], {})
             await self.commands.run(call, Context(client))
         except ServiceError as error:
-            return str(error)
+            return encodable(str(error))
         return None
 
     def drop_slow(self, connection: Connection) -> None:
@@ -2055,7 +2072,8 @@ class WebSocketManager:
     def log_error(self, what: str, exc: BaseException) -> None:
         """Log a bug of ours, or of a handler, with its traceback."""
         if self.log_gate.admits("error"):
-            log.error("%s: %s", what, exc, exc_info=exc)
+            # The traceback ends with the exception's text, or says that it has none to show.
+            log.error("%s: %s", what, type(exc).__name__, exc_info=exc)
 
     # Tasks.
 
@@ -2104,7 +2122,7 @@ class WebSocketManager:
 def _offset_of(client: SocketClient) -> str:
     """What a Socket.IO client saw last, or else was given with its pid; "" if it has no pid."""
     pid, offset = client.auth.get("pid"), client.auth.get("offset")
-    if not isinstance(pid, str) or len(pid) > MAX_PID_CHARS:
+    if not isinstance(pid, str) or not 0 < len(pid) <= MAX_PID_CHARS:
         return ""
     return offset if isinstance(offset, str) else pid.partition(".")[2]
 
@@ -2246,7 +2264,9 @@ class Request:
         try:
             return dumps(envelope, option=OPT_NON_STR_KEYS)
         except TypeError:
-            if self.client.encode_special(envelope, self.ack):
+            # The ack is for the final answer alone.
+            ack = None if envelope["type"] == "command_progress" else self.ack
+            if self.client.encode_special(envelope, ack):
                 return None
             raise
 
@@ -2273,8 +2293,8 @@ class Request:
             error["command"] = self.line
         try:
             return self.encode("error", {**error, **(data or {})})
-        except (TypeError, ValueError, RecursionError):  # an exception's text may be anything
-            error["message"] = message.encode(errors="replace").decode()
+        except (TypeError, ValueError, RecursionError):
+            error["message"] = encodable(message)
             return self.encode("error", error)
 
     def progress(self, value: Any) -> None:
@@ -2282,7 +2302,7 @@ class Request:
         try:
             envelope = self.encode_progress(value)
         except (TypeError, ValueError, RecursionError):
-            raise UsageError("progress can't be encoded as JSON") from None
+            raise CommandFailed("progress can't be encoded as JSON") from None
         if envelope is not None:
             self.client.deliver(envelope, None)
 
@@ -2314,8 +2334,13 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
     except (Refused, ServiceError) as error:
         return request.fail(error.code, str(error), error.data)
     except Exception as exc:
-        request.client.manager.log_error(f"{request.client.id} request failed", exc)
-        return request.fail("internal_error", "the server failed to handle this request")
+        return internal_error(request, exc)
+
+
+def internal_error(request: Request, exc: Exception) -> bytes | None:
+    """The final answer of a request that met a bug of ours or the program's: the log has it."""
+    request.client.manager.log_error(f"{request.client.id} request failed", exc)
+    return request.fail("internal_error", "the server failed to handle this request")
 
 
 _NO_PARAMS: dict[str, Any] = {}
@@ -2421,8 +2446,9 @@ class EventRequest(Request):
             self.fail("command_failed", UNENCODABLE)
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> None:
-        error = {"code": code, "message": message, **(data or {})}
         if self.ack is not None:
+            message = encodable(message)
+            error = {"code": code, "message": message, **(data or {})}
             self._send_ack([{"type": "error", "data": error}])
         elif code != "cancelled" and self.client.manager.log_gate.admits("event handler"):
             log.warning("%s event handler: %s", self.client.id, message)
@@ -2557,6 +2583,8 @@ class Calls:
                 answer = self._start(request, prepare)
             except (Refused, ServiceError) as error:
                 answer = request.fail(error.code, str(error), error.data)
+            except Exception as exc:  # what waits behind it must go on
+                answer = internal_error(request, exc)
             request.deliver(answer)
 
     def _next_waiting(self) -> tuple[Request, Callable[[], Call]] | None:
@@ -3412,7 +3440,7 @@ class JsonRpcHttpClient(HttpClient):
     __slots__ = ()
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
-        if b'"command_progress"' not in envelope[:48]:  # HTTP has one answer
+        if not envelope.startswith(b'{"jsonrpc":"2.0","method":'):  # progress; HTTP has one answer
             self.finish(envelope)
 
     def finish(self, answer: bytes | None) -> None:
@@ -3559,7 +3587,7 @@ class Server:
         manager.is_draining = False
         self._websocket_server = await self._bind()
         self.sockets = list(self._websocket_server.sockets)
-        manager.loop = asyncio.get_running_loop()
+        manager.loop, manager._thread = asyncio.get_running_loop(), threading.get_ident()
         self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
         self._sweep.add_done_callback(self._sweep_ended)
         self._monitor = Monitor(manager.services.values())
@@ -3655,9 +3683,14 @@ class Server:
     async def _finish_commands(self) -> None:
         """Running commands get their grace, then they are cancelled and their clients told."""
         manager = self.manager
-        if manager.tasks:
-            await asyncio.wait(tuple(manager.tasks), timeout=self.config.grace_s)
-        for client in manager.all_clients():
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.config.grace_s
+        # Again and again: what waited for a running command begins when that ends.
+        while manager.tasks and loop.time() < until:
+            await asyncio.wait(tuple(manager.tasks), timeout=until - loop.time())
+        doors = [connection.door for connection in manager.connections]
+        asking = [door for door in doors if isinstance(door, HttpClient)]
+        for client in [*manager.all_clients(), *asking]:
             if client.calls is not None:
                 client.calls.stop()
         if manager.tasks:
@@ -3853,6 +3886,8 @@ def stopping_on_signals(server: Server) -> Iterator[None]:
 # --- 10 main -----------------------------------------------------------------------------------
 # Flags and environment variables are made from the fields of Config.
 
+LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore their cancellation
+LOG_LEVELS = ("debug", "info", "warning", "error")
 GROUPS = {
     "where": "where to listen",
     "who": "who may come in",
@@ -3950,7 +3985,7 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
         )  # fmt: skip
     groups["run"].add_argument(
         "--log-level", metavar="LEVEL", default=_environment("--log-level") or "info",
-        type=str.lower, choices=("debug", "info", "warning", "error"),
+        type=str.lower, choices=LOG_LEVELS,
         help="debug, info, warning or error (default: info)",
     )  # fmt: skip
 
@@ -4038,8 +4073,30 @@ def say(text: str) -> None:
         pass  # nobody reads
 
 
+def complain(text: str) -> None:
+    """Tell a person why the server can't start; the exit code tells programs."""
+    try:
+        print(f"karna_ws: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass  # nobody reads
+
+
+def open_standard_files() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed; else a socket takes that number.
+
+    What libraries write to stderr would go to a client then, and libuv aborts the process.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
 def set_up_logging(level: str) -> None:
     """One line an event on stderr; a log that can't be written is no reason to fail."""
+    if level not in LOG_LEVELS:
+        raise ValueError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {level!r}")
     logging.raiseExceptions = False
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
@@ -4067,6 +4124,7 @@ def log_loop_error(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server from flags and environment; the exit code."""
     gc.freeze()  # what is loaded by now stays: full collections need not walk it
+    open_standard_files()
     try:
         arguments = make_parser().parse_args(argv)
         set_up_logging(arguments.log_level)
@@ -4076,8 +4134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         loop_factory = functools.partial(new_event_loop, config.loop)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(run(manager, options))
+            # Closing the runner waits for every task, even one that ignores its cancellation.
+            last_resort = threading.Timer(LAST_RESORT_S, os._exit, (0,))
+            last_resort.daemon = True
+            last_resort.start()
+        last_resort.cancel()
     except (StartError, ValueError) as error:
-        print(f"karna_ws: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2217,11 +2217,10 @@ class RedisBackplane(Service):
     async def stop(self) -> None:
         self._is_running = False
         self.set_state("stopped")  # nothing enters the outbox any more
-        await self._tasks.end_all()
         for _, accepted in self._outbox:
             if not accepted.done():
                 accepted.set_exception(Unavailable("the server stops"))
-        self._outbox.clear()
+        await self._tasks.end_all()
         await self._redis.aclose()
 
     async def check(self) -> None:
@@ -2255,10 +2254,10 @@ class RedisBackplane(Service):
             raise Unavailable("Redis did not accept the broadcast in time") from None
 
     async def _publish_forever(self) -> None:
-        while True:
+        while self._is_running:  # the redis package can swallow a cancellation
             await self._news.wait()
             self._news.clear()
-            while self._outbox:
+            while self._outbox and self._is_running:
                 count = min(len(self._outbox), MAX_PIPELINE)
                 taken = [self._outbox[index] for index in range(count)]
                 # One whose publisher has given up is not sent: it has been told so.
@@ -2297,12 +2296,12 @@ class RedisBackplane(Service):
 
     async def _read_forever(self) -> None:
         delay_s = RETRY_FIRST_S / 4
-        while True:
+        while self._is_running:
             try:
                 await self._read(None)
                 self._find("running", f"Redis at {self.address}")
                 delay_s = RETRY_FIRST_S / 4
-                while True:
+                while self._is_running:
                     await self._read(READ_BLOCK_MS)
                     self._read_entries = min(self._read_entries * 2, READ_ENTRIES)
             except Exception as error:  # see _publish_some
@@ -2312,8 +2311,9 @@ class RedisBackplane(Service):
             delay_s = min(delay_s * 2, RETRY_MAX_S / 3)
 
     def _find(self, state: State, detail: str) -> None:
-        self._health = state, detail
-        self.set_state(state, detail)
+        if self._is_running:
+            self._health = state, detail
+            self.set_state(state, detail)
 
     async def _read(self, block_ms: int | None) -> None:
         """Take what follows the last entry seen; wait for it at most `block_ms`."""
