@@ -1874,6 +1874,7 @@ class WebSocketManager:
             # A status that others make up may change at any time: it is never kept.
             self._status_done = self.commands.done if self._status_is_stable else -1
             self._status_json = encode_json(self.status())
+            self._status_answer = None  # made from the one before
         return self._status_json
 
     def encode_status_answer(self) -> bytes:
