@@ -1674,7 +1674,6 @@ class WebSocketManager:
         self._offset_number = 0
         self._pending: list[tuple[str, bytes]] = []
         self._pending_bytes = 0
-        self._pending_kept = 0  # of them, those that are in the history too
 
     def use_backplane(self, backplane: RedisBackplane | None) -> None:
         """Share broadcasts through `backplane`, or keep them in this process."""
@@ -1787,7 +1786,6 @@ class WebSocketManager:
         envelope = with_offset(body, offset)
         if is_kept:
             self.history.append(offset, envelope)
-            self._pending_kept += 1
         self._pending.append((offset, envelope))
         self._pending_bytes += len(envelope)
         self.broadcasts += 1
@@ -1832,7 +1830,7 @@ class WebSocketManager:
     def flush_broadcasts(self) -> None:
         """Write what was broadcast in this iteration of the loop: one write a client."""
         pending, self._pending = self._pending, []
-        self._pending_bytes = self._pending_kept = 0
+        self._pending_bytes = 0
         if not pending:
             return
         self.flushed = pending[-1][0]
@@ -1942,6 +1940,7 @@ class WebSocketManager:
             self._join_raw(client, since)
 
     def _join_raw(self, client: RawClient, since: str | None) -> None:
+        self.flush_broadcasts()  # to the others: this one gets them from the history
         self.raw.add(client)
         if since is not None:
             missed = self._missed(since)
@@ -2003,6 +2002,7 @@ class WebSocketManager:
 
     def _join_socket(self, client: SocketClient) -> None:
         client.session.connect_deadline = NEVER  # not earlier: the handler may have refused it
+        self.flush_broadcasts()  # to the others, as for a raw client
         offset = _offset_of(client)
         pid, _ = client.auth.pop("pid", None), client.auth.pop("offset", None)
         missed = self._missed(offset) if self.recovers and offset else None
@@ -2018,9 +2018,8 @@ class WebSocketManager:
             self._catch_up(client)
 
     def _missed(self, offset: str) -> list[tuple[str, bytes]] | None:
-        """What a returning client has not seen; what waits for the flush it gets with the rest."""
-        missed = None if self._is_ahead(offset) else self.history.since(offset)
-        return None if missed is None else missed[: len(missed) - self._pending_kept]
+        """What a client that returns has not seen; it is not among those flushed to yet."""
+        return None if self._is_ahead(offset) else self.history.since(offset)
 
     def _is_ahead(self, offset: str) -> bool:
         """Has another process sent this to a client, while it is still on its way to this one?"""
