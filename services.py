@@ -2143,7 +2143,7 @@ REDIS_TIMEOUT_S = 2.5  # above the block: silence for so long means that Redis i
 MAX_OUTBOX = 1_000  # broadcasts that wait to be accepted; when it is full, publishers are refused
 MAX_OUTBOX_BYTES = 16 * 1024 * 1024  # of them together
 MAX_PIPELINE = 100  # entries in one round trip
-READ_ENTRIES = 32  # in one answer: long ones must still arrive within REDIS_TIMEOUT_S
+READ_ENTRIES = 2 * MAX_PIPELINE  # in one answer: a node must not publish faster than it reads
 COMPLAIN_S = 10.0  # between two lines in the log about broadcasts that were not accepted
 
 Entry = tuple[str, bytes | None]  # stream id, body; none for the mark at the stream's beginning
