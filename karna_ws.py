@@ -36,6 +36,7 @@ import gc
 import hashlib
 import hmac
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -50,11 +51,12 @@ import time
 from base64 import b64encode, urlsafe_b64encode
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntEnum
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args
 from urllib.parse import parse_qs
@@ -120,24 +122,22 @@ FLUSH_ANSWERS = 64  # answers joined into one write before it leaves
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
-SECONDS = "SECONDS"
-BYTES = "BYTES"
-COUNT = "N"
+MIB = 1024 * 1024
 
 
 def _option(
-    default: Any,
-    help: str,
-    group: str = "limits",
-    *,
-    flag: str | None = None,
-    metavar: str | None = None,
-    low: float = 0,
-    secret: bool = False,
-) -> Any:
+    group: str, default: Any, help: str, metavar: str | None = None, low: float = 0,
+    *, flag: str | None = None, secret: bool = False,
+) -> Any:  # fmt: skip
     """A field of Config with what the command line needs to know of it."""
     metadata = {"help": help, "group": group, "flag": flag, "metavar": metavar, "low": low}
     return field(default=default, metadata=metadata, repr=not secret)
+
+
+_where, _who, _limit, _heartbeat, _recovery, _run = (
+    functools.partial(_option, group)
+    for group in ("where", "who", "limits", "heartbeat", "recovery", "run")
+)
 
 
 @dataclass(frozen=True)
@@ -147,97 +147,61 @@ class Config:
     Raises ValueError, in one line that names the option, for a value that can't be used.
     """
 
-    host: str = _option("127.0.0.1", "address to listen on", "where", metavar="ADDRESS")
-    port: int = _option(8000, "TCP port; 0 picks a free one", "where")
-    unix: str | None = _option(
-        None, "listen on a Unix socket instead of TCP", "where", metavar="PATH"
-    )
-    certfile: str | None = _option(
-        None, "TLS certificate chain (PEM); makes it https and wss", "where", metavar="PATH"
-    )
-    keyfile: str | None = _option(
-        None, "TLS private key (PEM), if not in the certificate's file", "where", metavar="PATH"
-    )
-    reuse_port: bool = _option(False, "let several processes share the port", "where")
+    # fmt: off
+    host: str = _where("127.0.0.1", "address to listen on", "ADDRESS")
+    port: int = _where(8000, "TCP port; 0 picks a free one")
+    unix: str | None = _where(None, "listen on a Unix socket instead of TCP", "PATH")
+    certfile: str | None = _where(
+        None, "TLS certificate chain (PEM); makes it https and wss", "PATH")
+    keyfile: str | None = _where(
+        None, "TLS private key (PEM), if not in the certificate's file", "PATH")
+    reuse_port: bool = _where(False, "let several processes share the port")
 
-    token: str | None = _option(
-        None, "secret that every client must present", "who", metavar="TOKEN", secret=True
-    )
-    allow_origin: tuple[str, ...] = _option(
-        (), "origin of web pages that may connect, such as https://app.example", "who",
-        metavar="ORIGIN",
-    )  # fmt: skip
-    allow_host: tuple[str, ...] = _option(
-        (), "host name this server is reached by, such as karna.example", "who", metavar="NAME"
-    )
-    insecure_no_token: bool = _option(
-        False, "listen beyond this machine without a token: anyone who reaches it may command it",
-        "who",
-    )  # fmt: skip
+    token: str | None = _who(None, "secret that every client must present", "TOKEN", secret=True)
+    allow_origin: tuple[str, ...] = _who(
+        (), "origin of web pages that may connect, such as https://app.example", "ORIGIN")
+    allow_host: tuple[str, ...] = _who(
+        (), "host name this server is reached by, such as karna.example", "NAME")
+    insecure_no_token: bool = _who(
+        False, "listen beyond this machine without a token: anyone who reaches it may command it")
 
-    max_clients: int = _option(1000, "clients connected at a time", metavar=COUNT, low=1)
-    max_message_bytes: int = _option(
-        1024 * 1024, "longest WebSocket message", flag="max-message", metavar=BYTES, low=128
-    )
-    max_body_bytes: int = _option(
-        1024 * 1024, "longest HTTP body", flag="max-body", metavar=BYTES, low=2
-    )
-    max_running_commands: int = _option(
-        32, "commands of one client that run at a time; more wait", metavar=COUNT, low=1
-    )
-    max_unsent_bytes: int = _option(
-        1024 * 1024, "bytes a slow client may leave unread before it is dropped",
-        flag="max-unsent", metavar=BYTES, low=1024,
-    )  # fmt: skip
-    command_timeout_s: float = _option(
-        60.0, "longest a command may run", flag="command-timeout", metavar=SECONDS, low=0.001
-    )
-    open_timeout_s: float = _option(
-        10.0, "longest a handshake or an HTTP request may take to arrive",
-        flag="open-timeout", metavar=SECONDS, low=0.001,
-    )  # fmt: skip
-    close_timeout_s: float = _option(
-        10.0, "longest to wait for a peer to close", flag="close-timeout", metavar=SECONDS,
-        low=0.001,
-    )  # fmt: skip
-    grace_s: float = _option(
-        5.0, "longest running commands may go on at shutdown", flag="grace", metavar=SECONDS
-    )
+    max_clients: int = _limit(1000, "clients connected at a time", "N", 1)
+    max_message_bytes: int = _limit(
+        MIB, "longest WebSocket message", "BYTES", 128, flag="max-message")
+    max_body_bytes: int = _limit(MIB, "longest HTTP body", "BYTES", 2, flag="max-body")
+    max_running_commands: int = _limit(
+        32, "commands of one client that run at a time; more wait", "N", 1)
+    max_unsent_bytes: int = _limit(
+        MIB, "bytes a slow client may leave unread before it is dropped", "BYTES", 1024,
+        flag="max-unsent")
+    command_timeout_s: float = _limit(60.0, "longest a command may run", "SECONDS", 0.001)
+    open_timeout_s: float = _limit(
+        10.0, "longest a handshake or an HTTP request may take to arrive", "SECONDS", 0.001)
+    close_timeout_s: float = _limit(
+        10.0, "longest to wait for a peer to close", "SECONDS", 0.001)
+    grace_s: float = _limit(
+        5.0, "longest running commands may go on at shutdown", "SECONDS")
 
-    ping_interval_s: float | None = _option(
-        None, "seconds between heartbeats (default: raw door 20, Socket.IO door 25)", "heartbeat",
-        flag="ping-interval", metavar=SECONDS, low=0.01,
-    )  # fmt: skip
-    ping_timeout_s: float = _option(
-        20.0, "silence after a heartbeat that drops a client", "heartbeat",
-        flag="ping-timeout", metavar=SECONDS, low=0.01,
-    )  # fmt: skip
-    connect_timeout_s: float = _option(
-        45.0, "longest a Socket.IO client may take to join a namespace", "heartbeat",
-        flag="connect-timeout", metavar=SECONDS, low=0.01,
-    )  # fmt: skip
-    namespaces: tuple[str, ...] = _option(
-        (), "Socket.IO namespace to serve besides /, /ws and /ws/", "heartbeat",
-        flag="namespace", metavar="NAME",
-    )  # fmt: skip
+    ping_interval_s: float | None = _heartbeat(
+        None, "seconds between heartbeats (default: raw door 20, Socket.IO door 25)", "SECONDS",
+        0.01)
+    ping_timeout_s: float = _heartbeat(
+        20.0, "silence after a heartbeat that drops a client", "SECONDS", 0.01)
+    connect_timeout_s: float = _heartbeat(
+        45.0, "longest a Socket.IO client may take to join a namespace", "SECONDS", 0.01)
+    namespaces: tuple[str, ...] = _heartbeat(
+        (), "Socket.IO namespace to serve besides /, /ws and /ws/", "NAME", flag="namespace")
 
-    history_messages: int = _option(
-        1000, "broadcasts kept for clients that reconnect; 0 turns it off", "recovery",
-        metavar=COUNT,
-    )  # fmt: skip
-    history_bytes: int = _option(
-        4 * 1024 * 1024, "bytes of broadcasts kept for them", "recovery", metavar=BYTES
-    )
-    recovery: bool = _option(
-        True, "Socket.IO connection state recovery (--no-recovery turns it off)", "recovery"
-    )
-    backplane: str | None = _option(
-        None, "share broadcasts with other processes, such as redis://host:6379", "recovery",
-        metavar="URL", secret=True,
-    )  # fmt: skip
-    loop: str = _option(
-        "auto", "event loop: auto (uvloop if installed), asyncio or uvloop", "run", metavar="NAME"
-    )
+    history_messages: int = _recovery(
+        1000, "broadcasts kept for clients that reconnect; 0 turns it off", "N")
+    history_bytes: int = _recovery(4 * MIB, "bytes of broadcasts kept for them", "BYTES")
+    recovery: bool = _recovery(
+        True, "no Socket.IO connection state recovery (as KARNA_RECOVERY=0)")
+    backplane: str | None = _recovery(
+        None, "share broadcasts with other processes, such as redis://host:6379", "URL",
+        secret=True)
+    loop: str = _run("auto", "event loop: auto (uvloop if installed), asyncio or uvloop", "NAME")
+    # fmt: on
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -266,9 +230,8 @@ class Config:
         if value is None and declared.endswith(" | None"):
             return
         is_kind = isinstance(value, kinds) and isinstance(value, bool) == (declared == "bool")
-        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
-            is_kind = False
-        if not is_kind:
+        items = value if isinstance(value, tuple) else ()
+        if not is_kind or not all(isinstance(item, str) for item in items):
             raise ValueError(f"{name} must be {words}, not {type(value).__name__}")
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= low):
             raise ValueError(f"{name} must be {low:g} or more, not {value}")
@@ -313,17 +276,12 @@ class Refused(Exception):
     """
 
     def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        status: int | None = None,
-        headers: Mapping[str, str] | None = None,
-        **data: Any,
-    ) -> None:
+        self, code: str, message: str, *, status: int | None = None,
+        headers: Mapping[str, str] | None = None, **data: Any,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.code = code
-        self.status = status if status is not None else HTTP_STATUS.get(code, 500)
+        self.status = HTTP_STATUS.get(code, 500) if status is None else status
         self.headers = dict(headers or {})
         self.data = data
 
@@ -333,21 +291,11 @@ class StartError(Exception):
 
 
 HTTP_STATUS = {
-    "invalid_json": 400,
-    "invalid_request": 400,
-    "invalid_params": 400,
-    "usage": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "unknown_method": 404,
-    "unknown_command": 404,
-    "cancelled": 409,
-    "too_large": 413,
-    "command_failed": 500,
-    "internal_error": 500,
-    "unavailable": 503,
-    "timeout": 504,
-}
+    "invalid_json": 400, "invalid_request": 400, "invalid_params": 400, "usage": 400,
+    "unauthorized": 401, "forbidden": 403, "unknown_method": 404, "unknown_command": 404,
+    "cancelled": 409, "too_large": 413, "command_failed": 500, "internal_error": 500,
+    "unavailable": 503, "timeout": 504,
+}  # fmt: skip
 
 
 # --- 3 packets ---------------------------------------------------------------------------------
@@ -358,16 +306,9 @@ HTTP_STATUS = {
 class PacketType(IntEnum):
     """Socket.IO protocol 5, "Packet types"."""
 
-    CONNECT = 0
-    DISCONNECT = 1
-    EVENT = 2
-    ACK = 3
-    CONNECT_ERROR = 4
-    BINARY_EVENT = 5
-    BINARY_ACK = 6
+    CONNECT, DISCONNECT, EVENT, ACK, CONNECT_ERROR, BINARY_EVENT, BINARY_ACK = range(7)
 
 
-BINARY_TYPES = {PacketType.BINARY_EVENT, PacketType.BINARY_ACK}
 RESERVED_EVENTS = {
     "connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener",
 }  # fmt: skip
@@ -383,14 +324,7 @@ class Packet(NamedTuple):
     attachments: int = 0
 
 
-_PACKET = re.compile(
-    rb"(?P<type>[0-6])"
-    rb"(?:(?P<attachments>\d+)-)?"
-    rb"(?P<namespace>/[^,]*(?:,|\Z))?"
-    rb"(?P<ack>\d+)?"
-    rb"(?P<data>.*)",
-    re.DOTALL,
-)
+_PACKET = re.compile(rb"([0-6])(?:(\d+)-)?(/[^,]*(?:,|\Z))?(\d+)?(.*)", re.DOTALL)
 
 
 def decode_packet(text: bytes) -> Packet:
@@ -403,14 +337,12 @@ def decode_packet(text: bytes) -> Packet:
     match = _PACKET.fullmatch(text)
     if match is None:
         raise BadPacket("unknown packet type")
-    kind = PacketType(int(match["type"]))
+    digit, attachments, namespace, ack, data = match.groups()
+    kind = PacketType(int(digit))
     return Packet(
-        kind,
-        _decode_namespace(match["namespace"]),
-        _decode_data(kind, match["data"]),
-        _decode_ack(kind, match["ack"]),
-        _decode_attachments(kind, match["attachments"]),
-    )
+        kind, _decode_namespace(namespace), _decode_data(kind, data), _decode_ack(kind, ack),
+        _decode_attachments(kind, attachments),
+    )  # fmt: skip
 
 
 def _decode_namespace(text: bytes | None) -> str:
@@ -435,7 +367,7 @@ def _decode_ack(kind: PacketType, digits: bytes | None) -> int | None:
 
 
 def _decode_attachments(kind: PacketType, digits: bytes | None) -> int:
-    if (digits is not None) != (kind in BINARY_TYPES):
+    if (digits is not None) != (kind in (PacketType.BINARY_EVENT, PacketType.BINARY_ACK)):
         raise BadPacket("illegal attachments")
     # Length first: int() of a million digits would cost the loop seconds.
     if digits is not None and (len(digits) > 2 or int(digits) > MAX_ATTACHMENTS):
@@ -454,9 +386,7 @@ def _decode_data(kind: PacketType, text: bytes) -> Any:
 
 
 def _is_event(data: Any) -> bool:
-    if not isinstance(data, list) or not data:
-        return False
-    name = data[0]
+    name = data[0] if isinstance(data, list) and data else None
     return type(name) is int or (isinstance(name, str) and name not in RESERVED_EVENTS)
 
 
@@ -469,6 +399,9 @@ _DATA_RULES: dict[PacketType, Callable[[Any], bool]] = {
     PacketType.BINARY_EVENT: _is_event,
     PacketType.BINARY_ACK: lambda data: isinstance(data, list),
 }
+_EVENT_KINDS = (PacketType.EVENT, PacketType.BINARY_EVENT)  # without attachments, with them
+_ACK_KINDS = (PacketType.ACK, PacketType.BINARY_ACK)
+_KINDS = {kind: kinds for kinds in (_EVENT_KINDS, _ACK_KINDS) for kind in kinds}
 
 
 def encode_packet(packet: Packet) -> list[bytes]:
@@ -479,28 +412,16 @@ def encode_packet(packet: Packet) -> list[bytes]:
     """
     attachments: list[bytes] = []
     kind, data = packet.type, packet.data
-    if kind in _BINARY_KIND:
+    if kind in _KINDS:
         data = _extract_attachments(data, attachments)
-        kind = _BINARY_KIND[kind][bool(attachments)]
-    text = b"%d" % kind
-    if attachments:
-        text += b"%d-" % len(attachments)
+        kind = _KINDS[kind][bool(attachments)]
+    text = b"%d%b" % (kind, b"%d-" % len(attachments) if attachments else b"")
     text += encode_namespace(packet.namespace)
     if packet.ack is not None:
         text += b"%d" % packet.ack
     if data is not None:
         text += encode_json(data)
     return [text, *attachments]
-
-
-_EVENT_KINDS = (PacketType.EVENT, PacketType.BINARY_EVENT)
-_ACK_KINDS = (PacketType.ACK, PacketType.BINARY_ACK)
-_BINARY_KIND = {  # without attachments, with them
-    PacketType.EVENT: _EVENT_KINDS,
-    PacketType.BINARY_EVENT: _EVENT_KINDS,
-    PacketType.ACK: _ACK_KINDS,
-    PacketType.BINARY_ACK: _ACK_KINDS,
-}
 
 
 def encode_namespace(name: str) -> bytes:
@@ -522,25 +443,23 @@ def _extract_attachments(value: Any, found: list[bytes], depth: int = 0) -> Any:
     return value
 
 
-def insert_attachments(value: Any, attachments: Sequence[bytes], depth: int = 0) -> Any:
-    """A copy of `value` with its placeholders replaced by `attachments`; undoes encode_packet.
+def insert_attachments(value: Any, given: Sequence[bytes], depth: int = 0) -> Any:
+    """A copy of `value` with its placeholders replaced by what was given; undoes encode_packet.
 
     Raises BadPacket for a placeholder without its attachment, or deep nesting.
     """
     if depth > MAX_JSON_DEPTH:
         raise BadPacket("payload is nested too deeply")
     if isinstance(value, list):
-        return [insert_attachments(item, attachments, depth + 1) for item in value]
+        return [insert_attachments(item, given, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     if value.get("_placeholder") is not True:
-        return {
-            key: insert_attachments(item, attachments, depth + 1) for key, item in value.items()
-        }
+        return {key: insert_attachments(item, given, depth + 1) for key, item in value.items()}
     number = value.get("num")
-    if type(number) is not int or not 0 <= number < len(attachments):
+    if type(number) is not int or not 0 <= number < len(given):
         raise BadPacket("illegal attachments")
-    return attachments[number]
+    return given[number]
 
 
 def encode_json(value: Any) -> bytes:
@@ -566,9 +485,7 @@ _SHORT_TEXT_HEADS = [bytes((0x81, size)) for size in range(126)]
 def frame_text(payload: bytes) -> bytes:
     """One unmasked, final WebSocket text frame (RFC 6455, 5.2)."""
     size = len(payload)
-    if size < 126:
-        return _SHORT_TEXT_HEADS[size] + payload
-    return _long_head(0x81, size) + payload
+    return (_SHORT_TEXT_HEADS[size] if size < 126 else _long_head(0x81, size)) + payload
 
 
 def frame_binary(payload: bytes) -> bytes:
@@ -585,7 +502,6 @@ def _long_head(first: int, size: int) -> bytes:
 
 PING_FRAME = b"\x89\x00"  # WebSocket ping, for the raw door
 ENGINE_PING_FRAME = frame_text(b"2")  # Engine.IO ping, for the Socket.IO door
-
 
 
 # --- 4 connections -----------------------------------------------------------------------------
@@ -626,29 +542,9 @@ class Connection(ServerConnection):
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
-        "_answers",
-        "_drained",
-        "_expected",
-        "_holds",
-        "_need",
-        "_parts",
-        "_parts_are_text",
-        "_tail",
-        "allowance",
-        "deadline",
-        "door",
-        "head",
-        "heard",
-        "loop",
-        "manager",
-        "name",
-        "next_ping",
-        "origin",
-        "phase",
-        "pinged_at",
-        "protocol",
-        "transport",
-        "waiting",
+        "_answers", "_drained", "_expected", "_holds", "_need", "_parts", "_parts_are_text",
+        "_tail", "allowance", "deadline", "door", "head", "heard", "loop", "manager", "name",
+        "next_ping", "origin", "phase", "pinged_at", "protocol", "transport", "waiting",
         "waiting_bytes",
     )  # fmt: skip
 
@@ -661,7 +557,7 @@ class Connection(ServerConnection):
         self.protocol = protocol
         self.loop = asyncio.get_running_loop()
         self.manager = manager
-        self.name = manager.next_name()
+        self.name = f"c{next(manager.names)}"  # in logs
         self.door: Door | None = None
         self.phase = Phase.HEAD
         self.deadline = self.loop.time() + manager.config.open_timeout_s
@@ -694,7 +590,7 @@ class Connection(ServerConnection):
         self.manager.bytes_in += len(data)
         if self._tail is not None:
             self._tail += data
-            if len(self._tail) < self._need or self._head_is_partial(len(data)):
+            if len(self._tail) < self._need or self._head_is_partial(self._tail, len(data)):
                 return
             data, self._tail = bytes(self._tail), None
         if self.phase is _OPEN:
@@ -702,17 +598,15 @@ class Connection(ServerConnection):
         else:
             _READERS[self.phase](self, data)
 
-    def _head_is_partial(self, arrived: int) -> bool:
+    def _head_is_partial(self, tail: bytearray, arrived: int) -> bool:
         """Can't the bytes that just arrived have ended the HTTP head?"""
-        if self.phase is not Phase.HEAD or self._tail is None:
+        if self.phase is not Phase.HEAD or len(tail) > MAX_HEAD_BYTES:
             return False
-        looked_at = max(0, len(self._tail) - arrived - 3)
-        is_whole = self._tail.find(b"\r\n\r\n", looked_at) >= 0
-        return not is_whole and len(self._tail) <= MAX_HEAD_BYTES
+        return tail.find(b"\r\n\r\n", max(0, len(tail) - arrived - 3)) < 0
 
     def eof_received(self) -> None:
         self._begin_closing()
-        if self._is_websocket:
+        if self.protocol.state is not State.CONNECTING:
             self.protocol.receive_eof()
             self._send_library_data()
 
@@ -724,28 +618,21 @@ class Connection(ServerConnection):
         self._holds = HOLD_CLOSED
         self._tail = self._parts = None
         self.manager.release(self)
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._wake_writers()
+
     def pause_writing(self) -> None:
         self.hold(HOLD_WRITES)
 
     def resume_writing(self) -> None:
         self.allowance = 0
         self.release(HOLD_WRITES)
-        if self._drained is not None:
-            self._drained.set_result(None)
-            self._drained = None
+        self._wake_writers()
 
     def keep(self, data: bytes, need: int = 0) -> None:
         """Keep what has arrived of something until it has `need` bytes."""
         if data:
             self._tail = bytearray(data)
             self._need = need
-
-    @property
-    def has_tail(self) -> bool:
-        """Has something arrived that is not whole yet?"""
-        return self._tail is not None
 
     # Frames to messages.
 
@@ -827,7 +714,8 @@ class Connection(ServerConnection):
 
     def _read_late(self, data: bytes) -> None:
         """What arrives once we are closing: only the library's close handshake matters."""
-        if data and self._is_websocket and not self.protocol.reader.eof:
+        is_websocket = self.protocol.state is not State.CONNECTING
+        if data and is_websocket and not self.protocol.reader.eof:
             self.protocol.receive_data(data)
             self.protocol.events_received()
             self._send_library_data()
@@ -847,17 +735,15 @@ class Connection(ServerConnection):
         if len(self._parts) >= MAX_FRAGMENTS:
             return self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
         self._parts.append(bytes(frame.data))
-        if frame.fin:
-            payload, self._parts = b"".join(self._parts), None
-            self.manager.messages_in += 1
-            self._handle_message(payload, self._parts_are_text)
-
-    def _handle_message(self, payload: bytes, is_text: bool) -> None:
+        if not frame.fin:
+            return
+        payload, self._parts = b"".join(self._parts), None
+        self.manager.messages_in += 1
         assert self.door is not None
         try:
-            answer = self.door.receive(payload, is_text)
+            answer = self.door.receive(payload, self._parts_are_text)
         except Exception as exc:
-            self._receive_failed(payload, is_text, exc)
+            self._receive_failed(payload, self._parts_are_text, exc)
         else:
             if answer is not None:
                 self.send_frame(frame_text(answer))
@@ -888,7 +774,7 @@ class Connection(ServerConnection):
         """
         if self._answers is not None and self.phase is Phase.OPEN:
             self._answers.append(frame)
-        elif self._holds & HOLD_WRITES and self.unsent > self.max_unsent:
+        elif self._holds & HOLD_WRITES and self.is_behind:
             self.manager.drop_slow(self)
         elif self.phase is Phase.OPEN:
             self.manager.messages_out += 1
@@ -900,14 +786,10 @@ class Connection(ServerConnection):
         self.allowance = size + (0 if self.is_writable else self.allowance)
 
     @property
-    def max_unsent(self) -> int:
-        """Bytes that may be unsent before the client counts as too slow."""
-        return self.manager.config.max_unsent_bytes + self.allowance
-
-    @property
-    def unsent(self) -> int:
-        """Bytes written to this client that its socket has not taken."""
-        return self.transport.get_write_buffer_size()
+    def is_behind(self) -> bool:
+        """Has its socket left more bytes untaken than it may?"""
+        limit = self.manager.config.max_unsent_bytes + self.allowance
+        return self.transport.get_write_buffer_size() > limit
 
     @property
     def is_writable(self) -> bool:
@@ -920,6 +802,11 @@ class Connection(ServerConnection):
             if self._drained is None:
                 self._drained = self.loop.create_future()
             await asyncio.shield(self._drained)
+
+    def _wake_writers(self) -> None:
+        if self._drained is not None:
+            self._drained.set_result(None)
+            self._drained = None
 
     def _flush_answers(self) -> None:
         answers, self._answers = self._answers, None
@@ -938,7 +825,7 @@ class Connection(ServerConnection):
             return
         self._flush_answers()
         # Behind a close frame come pongs alone; who does not read them gets no more.
-        if pieces and (self.phase is Phase.OPEN or self.unsent <= self.max_unsent):
+        if pieces and (self.phase is Phase.OPEN or not self.is_behind):
             self.transport.write(b"".join(pieces))
         self._begin_closing()
         if self.protocol.eof_sent and pieces and not pieces[-1]:
@@ -990,8 +877,7 @@ class Connection(ServerConnection):
 
     def on_deadline(self, now: float) -> None:
         """Called by the manager's sweep when `deadline` has passed."""
-        if self.phase is Phase.OPEN:
-            assert self.door is not None
+        if self.phase is Phase.OPEN and self.door is not None:
             self.door.on_deadline(now)
         elif self.phase in (Phase.HEAD, Phase.BODY):
             refuse_late_request(self)
@@ -1024,27 +910,23 @@ class Connection(ServerConnection):
             self._send_library_data()
 
     def _begin_closing(self) -> None:
-        if self.phase is Phase.OPEN:
-            assert self.door is not None
-            self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
-            self.door.leave()
-            self.deadline = self.loop.time() + self.manager.config.close_timeout_s
-            if self._holds and not self.transport.is_closing():
-                self.transport.resume_reading()  # for the peer's own close frame
-            self._holds |= HOLD_CLOSED
-            tail, self._tail = self._tail, None
-            if tail:
-                self._read_late(bytes(tail))
-
-    @property
-    def _is_websocket(self) -> bool:
-        return self.protocol.state is not State.CONNECTING
+        if self.phase is not Phase.OPEN or self.door is None:
+            return
+        self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
+        self.door.leave()
+        self.deadline = self.loop.time() + self.manager.config.close_timeout_s
+        if self._holds and not self.transport.is_closing():
+            self.transport.resume_reading()  # for the peer's own close frame
+        self._holds |= HOLD_CLOSED
+        tail, self._tail = self._tail, None
+        if tail:
+            self._read_late(bytes(tail))
 
 
 _READERS: dict[Phase, Callable[[Connection, bytes], None]] = {
     Phase.HEAD: lambda connection, data: read_head(connection, data),
     Phase.BODY: lambda connection, data: read_body(connection, data),
-    Phase.ANSWERING: lambda connection, data: None,  # a pipelined request: one a socket is served
+    Phase.ANSWERING: lambda connection, data: None,  # a pipelined request: a socket serves one
     Phase.CLOSING: Connection._read_late,
     Phase.CLOSED: lambda connection, data: None,
 }
@@ -1134,21 +1016,19 @@ class RawClient(Client, Door):
         except JSONDecodeError:
             if is_text:
                 payload.decode()  # UnicodeDecodeError: the connection ends with 1007
-            return refuse_json()
+            return INVALID_JSON
         if type(message) is dict and "jsonrpc" not in message:
             return handle_request(Request(self, message.get("id"), None, len(payload)), message)
         return handle_other(self, message, len(payload))
 
     def on_deadline(self, now: float) -> None:
-        interval_s = self.manager.config.raw_ping_interval_s
-        self.connection.heartbeat(now, interval_s, PING_FRAME)
+        self.connection.heartbeat(now, self.manager.config.raw_ping_interval_s, PING_FRAME)
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.connection.send_frame(frame_text(envelope))
 
     def leave(self) -> None:
-        self.manager.leave_raw(self)
-        self.cancel_calls()
+        self.manager.leave(self, self.manager.raw, "transport close")
 
 
 class OverriddenRawClient(RawClient):
@@ -1173,22 +1053,30 @@ class HttpClient(Client, Door):
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         message = loads(envelope)
-        if message.get("type") == "command_progress":
-            return  # HTTP has one answer
-        code = message["data"]["code"] if message.get("type") == "error" else None
-        status = 200 if code is None else HTTP_STATUS.get(code, 500)
-        send_response(self.connection, status, envelope)
+        if message["type"] != "command_progress":  # HTTP has one answer
+            is_error = message["type"] == "error"
+            status = HTTP_STATUS.get(message["data"]["code"], 500) if is_error else 200
+            send_response(self.connection, status, envelope)
+
+    async def send(self, type: str, data: Any) -> None:
+        pass  # HTTP has one answer, the request's own
 
     def leave(self) -> None:
         self.cancel_calls()
 
 
+class Standing(Enum):
+    """Where a Socket.IO session stands in a namespace."""
+
+    ABSENT = "absent"
+    CONNECTING = "connecting"  # the CONNECT answer is still to come
+    CONNECTED = "connected"
+
+
 class SocketClient(Client):
     """A Socket.IO client: one session in one namespace."""
 
-    __slots__ = (
-        "_held", "ack_head", "event_head", "namespace", "pid", "recovered", "session"
-    )  # fmt: skip
+    __slots__ = ("_held", "ack_head", "event_head", "namespace", "pid", "recovered", "session")
     door = "socket.io"
 
     def __init__(self, session: SocketSession, namespace: str, auth: dict[str, Any]) -> None:
@@ -1226,10 +1114,9 @@ class SocketClient(Client):
         return b"%b%d[%b]" % (self.ack_head, ack, envelope)
 
     def encode_special(self, envelope: dict[str, Any], ack: int | None) -> bool:
+        packet = Packet(PacketType.ACK, self.namespace, [envelope], ack)
         if ack is None:
             packet = Packet(PacketType.EVENT, self.namespace, ["rpc_response", envelope])
-        else:
-            packet = Packet(PacketType.ACK, self.namespace, [envelope], ack)
         try:
             self.send_packet(packet)
         except (TypeError, ValueError):
@@ -1239,33 +1126,35 @@ class SocketClient(Client):
     def send_packet(self, packet: Packet) -> None:
         """Send a packet with its attachments. Raises TypeError or ValueError if it has no form."""
         text, *attachments = encode_packet(packet)
-        frames = [frame_text(b"4" + text), *map(frame_binary, attachments)]
-        self.send_frame(b"".join(frames))
+        self.send_frame(b"".join([frame_text(b"4" + text), *map(frame_binary, attachments)]))
 
     def send_frame(self, frame: bytes) -> None:
         """Send frames now, or behind the CONNECT answer while that is still to come."""
         if self._held is not None:
             self._held.append(frame)
-        elif self.session.clients.get(self.namespace) is self:
+        elif self.is_present:
             self.connection.send_frame(frame)
 
     def accept(self, missed: Iterable[tuple[str, bytes]]) -> None:
         """Send what the client missed, the CONNECT answer, and what was held back for it."""
-        answer: dict[str, Any] = {"sid": self.id}
-        if self.pid is not None:
-            answer["pid"] = self.pid
-        held, self._held = self._held or [], None
+        held, self._held = self._held or (), None
         self.session.connected[encode_namespace(self.namespace) or None] = self
         for offset, envelope in missed:
             self.send_frame(frame_text(encode_broadcast(self.event_head, envelope, offset)))
+        answer = {"sid": self.id} if self.pid is None else {"sid": self.id, "pid": self.pid}
         self.send_packet(Packet(PacketType.CONNECT, self.namespace, answer))
         for frame in held:
             self.send_frame(frame)
 
     @property
-    def is_connecting(self) -> bool:
-        """Is the CONNECT answer still to come?"""
-        return self._held is not None
+    def is_present(self) -> bool:
+        """Has it not left its namespace?"""
+        return self.session.clients.get(self.namespace) is self
+
+    @property
+    def standing(self) -> Standing:
+        """CONNECTING until it is accepted."""
+        return Standing.CONNECTED if self._held is None else Standing.CONNECTING
 
 
 def encode_broadcast(event_head: bytes, envelope: bytes, offset: str | None) -> bytes:
@@ -1283,14 +1172,6 @@ def new_id() -> str:
 def sid_of(pid: str) -> str:
     """The public Socket.IO id of a private one: a recovered client keeps its id on any node."""
     return urlsafe_b64encode(hashlib.sha256(pid.encode()).digest()[:15]).decode()
-
-
-class Standing(Enum):
-    """Where a session stands in a namespace."""
-
-    ABSENT = "absent"
-    CONNECTING = "connecting"
-    CONNECTED = "connected"
 
 
 class SocketSession(Door):
@@ -1350,11 +1231,11 @@ class SocketSession(Door):
         if self.pending is not None:
             raise BadPacket("text while attachments are pending")
         packet = decode_packet(payload[1:])
+        handler = self._find_handler(packet)  # first: what may not be sent is not kept either
         if packet.attachments:
-            self._find_handler(packet)  # first: what may not be sent is not kept either
             self.pending = packet
             return None
-        return self._handle(packet, len(payload))
+        return handler(self, packet, len(payload))
 
     def _receive_attachment(self, payload: bytes) -> bytes | None:
         if self.pending is None:
@@ -1368,14 +1249,8 @@ class SocketSession(Door):
             return None
         packet, attachments, size = self.pending, self.attachments, self.attachments_bytes
         self.pending, self.attachments, self.attachments_bytes = None, [], 0
-        data = insert_attachments(packet.data, attachments)
-        return self._handle(packet._replace(data=data), size)
-
-    def _receive_close(self, payload: bytes) -> None:
-        self.connection.close(CloseCode.NORMAL_CLOSURE)
-
-    def _receive_pong(self, payload: bytes) -> None:
-        pass  # any frame counts as life
+        packet = packet._replace(data=insert_attachments(packet.data, attachments))
+        return self._find_handler(packet)(self, packet, size)
 
     # Socket.IO packets.
 
@@ -1394,17 +1269,9 @@ class SocketSession(Door):
             raise BadPacket("invalid payload")
         return handle_event(client, event, ack, len(payload))
 
-    def _handle(self, packet: Packet, size: int) -> bytes | None:
-        return self._find_handler(packet)(self, packet, size)
-
-    def _find_handler(
-        self, packet: Packet
-    ) -> Callable[[SocketSession, Packet, int], bytes | None]:
+    def _find_handler(self, packet: Packet) -> SocketHandler:
         client = self.clients.get(packet.namespace)
-        if client is None:
-            standing = Standing.ABSENT
-        else:
-            standing = Standing.CONNECTING if client.is_connecting else Standing.CONNECTED
+        standing = Standing.ABSENT if client is None else client.standing
         handler = _SOCKET_HANDLERS.get((standing, packet.type))
         if handler is None:
             raise BadPacket(f"{packet.type.name} while {standing.value}")
@@ -1416,16 +1283,21 @@ class SocketSession(Door):
     def _event(self, packet: Packet, size: int) -> bytes | None:
         return handle_event(self.clients[packet.namespace], packet.data, packet.ack, size)
 
-    def _ignore(self, packet: Packet, size: int) -> None:
-        pass  # we ask for no acks
-
     def _disconnect(self, packet: Packet, size: int) -> None:
         self.remove(self.clients[packet.namespace], "client namespace disconnect")
+
+    def _give_up(self, packet: Packet, size: int) -> None:
+        """Leave before the connect handler has decided; until it has, nothing more is read.
+
+        Else a peer that joins and leaves in turn would start such handlers without end.
+        """
+        self.connection.hold(HOLD_CONNECT)
+        self._disconnect(packet, size)
 
     def refuse(self, namespace: str, message: str, **data: Any) -> None:
         """Answer a CONNECT with CONNECT_ERROR, which is always an object."""
         error = {"message": message, "data": data} if data else {"message": message}
-        text = encode_packet(Packet(PacketType.CONNECT_ERROR, namespace, error))[0]
+        [text] = encode_packet(Packet(PacketType.CONNECT_ERROR, namespace, error))
         self.connection.send_frame(frame_text(b"4" + text))
 
     def remove(self, client: SocketClient, reason: str) -> None:
@@ -1433,7 +1305,7 @@ class SocketSession(Door):
         if self.clients.get(client.namespace) is client:
             del self.clients[client.namespace]
             self.connected.pop(encode_namespace(client.namespace) or None, None)
-            self.manager.leave_socket(client, reason)
+            self.manager.leave(client, self.manager.sockets[client.namespace], reason)
 
     def leave(self) -> None:
         self.manager.sessions.discard(self)
@@ -1451,24 +1323,23 @@ class SocketSession(Door):
             self.connection.deadline = min(self.connection.deadline, self.connect_deadline)
 
 
-_EVENT = re.compile(rb"42(/[^,]{0,255},)?(\d{1,15})?\[")
+_EVENT = re.compile(rb"42(/[^,]{1,255},)?(\d{1,15})?\[")
 
 # State machines as data; what is absent is the peer's mistake.
+SocketHandler = Callable[[SocketSession, Packet, int], "bytes | None"]
 _ENGINE_HANDLERS: dict[bytes, Callable[[SocketSession, bytes], bytes | None]] = {
-    b"1": SocketSession._receive_close,
-    b"3": SocketSession._receive_pong,
+    b"1": lambda session, payload: session.connection.close(CloseCode.NORMAL_CLOSURE),
+    b"3": lambda session, payload: None,  # a pong: any frame counts as life
     b"4": SocketSession._receive_message,
 }
-_SOCKET_HANDLERS: dict[
-    tuple[Standing, PacketType], Callable[[SocketSession, Packet, int], bytes | None]
-] = {
+_SOCKET_HANDLERS: dict[tuple[Standing, PacketType], SocketHandler] = {
     (Standing.ABSENT, PacketType.CONNECT): SocketSession._connect,
-    (Standing.CONNECTING, PacketType.DISCONNECT): SocketSession._disconnect,
+    (Standing.CONNECTING, PacketType.DISCONNECT): SocketSession._give_up,
     (Standing.CONNECTED, PacketType.DISCONNECT): SocketSession._disconnect,
     (Standing.CONNECTED, PacketType.EVENT): SocketSession._event,
     (Standing.CONNECTED, PacketType.BINARY_EVENT): SocketSession._event,
-    (Standing.CONNECTED, PacketType.ACK): SocketSession._ignore,
-    (Standing.CONNECTED, PacketType.BINARY_ACK): SocketSession._ignore,
+    (Standing.CONNECTED, PacketType.ACK): lambda session, packet, size: None,  # we ask for none
+    (Standing.CONNECTED, PacketType.BINARY_ACK): lambda session, packet, size: None,
 }
 
 
@@ -1501,13 +1372,10 @@ class History:
         self._numbers[offset] = self._first + len(self.entries)
         self.last = offset
         while len(self.entries) > self.max_messages or self.bytes > self.max_bytes:
-            self._forget_oldest()
-
-    def _forget_oldest(self) -> None:
-        del self._numbers[self._base]
-        self._base, envelope = self.entries.popleft()
-        self.bytes -= len(envelope)
-        self._first += 1
+            del self._numbers[self._base]
+            self._base, oldest = self.entries.popleft()
+            self.bytes -= len(oldest)
+            self._first += 1
 
     def since(self, offset: str) -> list[tuple[str, bytes]] | None:
         """What followed `offset`, oldest first; None when it is unknown or too old."""
@@ -1521,9 +1389,8 @@ class History:
 class StreamHistory(History):
     """History whose offsets are ids of a stream that several processes share.
 
-    They have an order, so an offset that another process gave a client is understood here even if
-    this one has no broadcast under it: there it may be where that process began, or a foreign
-    entry that was skipped.
+    They have an order, so an offset that another process gave a client is understood even if no
+    broadcast is kept under it: that process may have begun there, or skipped a foreign entry.
     """
 
     def since(self, offset: str) -> list[tuple[str, bytes]] | None:
@@ -1533,7 +1400,7 @@ class StreamHistory(History):
         try:
             wanted = stream_id(offset)
         except ValueError:
-            return None
+            return None  # of another kind of history
         if wanted < stream_id(self._base):
             return None
         entries = list(self.entries)
@@ -1576,10 +1443,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.commands: defaultdict[str, int] = defaultdict(int)
+        self.refusals: defaultdict[str, int] = defaultdict(int)
+        self.drops: defaultdict[str, int] = defaultdict(int)
         self.latency_buckets = [0] * (len(LATENCY_BUCKETS_S) + 1)
         self.latency_sum_s = 0.0
-        self.refusals: dict[str, int] = {}
-        self.drops: dict[str, int] = {}
         self.loop_lag_s = 0.0
 
     def count_command(self, result: str, seconds: float) -> None:
@@ -1587,10 +1454,6 @@ class Metrics:
         self.commands[result] += 1
         self.latency_sum_s += seconds
         self.latency_buckets[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
-
-    def count_refusal(self, reason: str) -> None:
-        """One request or handshake was refused."""
-        self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
 
 class WebSocketManager:
@@ -1619,13 +1482,11 @@ class WebSocketManager:
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
         add_manager_commands(self)
-
         self.connections: set[Connection] = set()
         self.raw: set[RawClient] = set()
         self.sessions: set[SocketSession] = set()
-        self.sockets: dict[str, set[SocketClient]] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
-
+        self.names = itertools.count(1)  # of connections, in logs
         self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
         self.broadcasts = self.deliveries = 0
         self.metrics = Metrics()
@@ -1636,7 +1497,6 @@ class WebSocketManager:
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
         self._thread = 0  # of that loop
         self.when_empty: asyncio.Event | None = None  # set when the last socket is closed
-        self._names = 0
         self.configure(Config())
 
     def _make_services(self, given: Iterable[Service]) -> dict[str, Service]:
@@ -1649,9 +1509,12 @@ class WebSocketManager:
         # The order in which people read them; the order of status objects too.
         named = {"vision": vision, "language": language, "command": self.commands, **services}
         for service in named.values():
-            service.on_change = self._service_changed
-            service.on_touch = self._status_touched
+            self._watch(service)
         return named
+
+    def _watch(self, service: Service) -> None:
+        service.on_change = self._service_changed
+        service.on_touch = self._status_touched
 
     def configure(self, config: Config) -> None:
         """Take new options. `serve()` does this; a server that runs keeps those it has."""
@@ -1659,8 +1522,12 @@ class WebSocketManager:
         self.epoch = secrets.token_hex(4)
         self.history = History(config.history_messages, config.history_bytes, f"{self.epoch}-0")
         self.flushed = self.history.last  # the offset up to which clients have been written to
-        self.namespaces = {"/", "/ws", "/ws/", *config.namespaces}
+        self.sockets: dict[str, set[SocketClient]] = {
+            namespace: set() for namespace in ("/", "/ws", "/ws/", *config.namespaces)
+        }
         self.max_connections = config.max_clients + PENDING_CONNECTIONS
+        # Longest broadcast in the backplane: what came in as a request fits.
+        self.max_entry_bytes = max(config.max_message_bytes, config.max_body_bytes) + ENVELOPE_BYTES
         self.commands.timeout_s = config.command_timeout_s
         self.raw_client = RawClient
         if getattr(self.handle_message, "__func__", None) is not WebSocketManager.handle_message:
@@ -1681,8 +1548,7 @@ class WebSocketManager:
         self.backplane = backplane
         if backplane is not None:
             self.services["backplane"] = backplane
-            backplane.on_change = self._service_changed
-            backplane.on_touch = self._status_touched
+            self._watch(backplane)
             backplane.receive = self.receive_entry
             backplane.restore = self.restore_history
             backplane.history_messages = self.config.history_messages
@@ -1741,7 +1607,7 @@ class WebSocketManager:
         every process, once Redis has taken it. Raises TypeError for data that JSON can't hold,
         Unavailable when the backplane is away, ValueError for what is too long for it.
         """
-        body = encode_json({"type": type, "data": data})
+        body = self._encode_broadcast(type, data)
         if self.loop is None or threading.get_ident() == self._thread:
             self._accept_broadcast(body)
         else:  # a plain `def` command
@@ -1750,7 +1616,7 @@ class WebSocketManager:
 
     def _accept_broadcast(self, body: bytes) -> None:
         if self.backplane is not None:
-            self.backplane.enqueue(self._checked_length(body))
+            self.backplane.enqueue(body)
         else:
             self._offset_number += 1
             self.receive_broadcast(f"{self.epoch}-{self._offset_number}", body)
@@ -1759,19 +1625,15 @@ class WebSocketManager:
         """`broadcast`, and wait until the backplane has accepted it."""
         if self.backplane is None:
             return self.broadcast(type, data)
-        body = encode_json({"type": type, "data": data})
-        await self.backplane.publish(self._checked_length(body))
+        await self.backplane.publish(self._encode_broadcast(type, data))
         return self.count_clients()
 
-    def _checked_length(self, body: bytes) -> bytes:
-        if len(body) > self.max_entry_bytes:  # no process would take it from the backplane
+    def _encode_broadcast(self, type: str, data: Any) -> bytes:
+        body = encode_json({"type": type, "data": data})
+        if self.backplane is not None and len(body) > self.max_entry_bytes:
+            # No process would take it from the backplane.
             raise ValueError(f"a broadcast must have {self.max_entry_bytes} bytes at most")
         return body
-
-    @property
-    def max_entry_bytes(self) -> int:
-        """Longest broadcast in the backplane: what came in as a request fits."""
-        return max(self.config.max_message_bytes, self.config.max_body_bytes) + ENVELOPE_BYTES
 
     def notify(self, message: str, level: str = "info") -> int:
         """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
@@ -1812,11 +1674,9 @@ class WebSocketManager:
         config = self.config
         self.history = StreamHistory(config.history_messages, config.history_bytes, base)
         for offset, body in entries:
-            try:
+            with suppress(ValueError):  # a foreign entry
                 body = checked_entry(body, self.max_entry_bytes)
-            except ValueError:
-                continue
-            self.history.append(offset, with_offset(body, offset))
+                self.history.append(offset, with_offset(body, offset))
         self.flushed = self.history.last
         self._status_touched()
         gap = encode_error("history_gap", _GAP_TEXT)
@@ -1836,14 +1696,15 @@ class WebSocketManager:
         self.flushed = pending[-1][0]
         self._status_answer = None
         self._write_all(b"".join([frame_text(envelope) for _, envelope in pending]), self.raw)
+        recovers = self.recovers
         for namespace, clients in self.sockets.items():
             if clients:
                 head = b"42" + encode_namespace(namespace) + b'["rpc_response",'
-                texts = [
-                    encode_broadcast(head, envelope, offset if self.recovers else None)
+                frames = [
+                    frame_text(encode_broadcast(head, envelope, offset if recovers else None))
                     for offset, envelope in pending
                 ]
-                self._write_all(b"".join(map(frame_text, texts)), clients)
+                self._write_all(b"".join(frames), clients)
         self.deliveries += len(pending) * self.count_clients()
 
     def _write_all(self, frames: bytes, clients: Collection[Client]) -> None:
@@ -1890,11 +1751,8 @@ class WebSocketManager:
         self._status_json = self._status_answer = None
 
     def _service_changed(self, service: Service) -> None:
-        self._status_touched()
-        self.broadcast_status()
-
-    def broadcast_status(self) -> None:
         """Tell every client of this process the whole status."""
+        self._status_touched()
         if self.backplane is None:
             self.broadcast("status_update", self.status())
             return
@@ -1904,15 +1762,10 @@ class WebSocketManager:
 
     # Who comes and goes.
 
-    def next_name(self) -> str:
-        """A connection's name in logs."""
-        self._names += 1
-        return f"c{self._names}"
-
     def adopt(self, connection: Connection) -> None:
         """A socket was accepted."""
         if len(self.connections) >= self.max_connections:
-            self.metrics.count_refusal("too many sockets")
+            self.metrics.refusals["too many sockets"] += 1
             connection.transport.abort()
         self.connections.add(connection)
 
@@ -1961,20 +1814,12 @@ class WebSocketManager:
             client.connection.close(CloseCode.POLICY_VIOLATION, error)
         client.connection.release(HOLD_CONNECT)
 
-    def leave_raw(self, client: RawClient) -> None:
-        """A raw client is gone."""
-        if client in self.raw:
-            self.raw.remove(client)
-            self._say_goodbye(client, "transport close")
-
-    def connect_socket(
-        self, session: SocketSession, namespace: str, auth: dict[str, Any]
-    ) -> None:
+    def connect_socket(self, session: SocketSession, namespace: str, auth: dict[str, Any]) -> None:
         """A Socket.IO client asks for a namespace: answer, now or when its handler has decided."""
-        if namespace not in self.namespaces:
+        if namespace not in self.sockets:
             return session.refuse(namespace, "Invalid namespace")
         if not session.is_authorized and not token_matches(self.config.token, auth.get("token")):
-            self.metrics.count_refusal("token")
+            self.metrics.refusals["token"] += 1
             return session.refuse(namespace, "unauthorized: " + _TOKEN_TEXT, code="unauthorized")
         client = SocketClient(session, namespace, auth)
         session.clients[namespace] = client
@@ -1985,16 +1830,14 @@ class WebSocketManager:
 
     async def _welcome_socket(self, client: SocketClient) -> None:
         await self._until_read(_offset_of(client))
-        if client.session.clients.get(client.namespace) is not client:
-            return  # gone meanwhile
-        if "connect" not in self.handlers:
-            return self._join_socket(client)
-        pid_and_offset = {"pid", "offset"}
-        auth = {key: value for key, value in client.auth.items() if key not in pid_and_offset}
-        error = await self._run_handler("connect", client, auth)
-        if client.session.clients.get(client.namespace) is not client:
-            return  # gone meanwhile
-        if error is None:
+        error = None
+        if "connect" in self.handlers and client.is_present:
+            hidden = ("pid", "offset")
+            auth = {key: value for key, value in client.auth.items() if key not in hidden}
+            error = await self._run_handler("connect", client, auth)
+        if not client.is_present:
+            client.connection.release(HOLD_CONNECT)  # it has left meanwhile, and is read again
+        elif error is None:
             self._join_socket(client)
         else:
             del client.session.clients[client.namespace]
@@ -2011,7 +1854,7 @@ class WebSocketManager:
             client.pid = pid if missed is not None else f"{new_id()}.{self.flushed}"
         client.id = new_id() if client.pid is None else sid_of(client.pid)
         client.recovered = missed is not None
-        self.sockets.setdefault(client.namespace, set()).add(client)
+        self.sockets[client.namespace].add(client)
         client.connection.allow(sum(len(envelope) for _, envelope in missed or ()))
         client.accept(missed or ())
         if missed is not None:
@@ -2036,17 +1879,13 @@ class WebSocketManager:
         if self.backplane is not None:
             client.deliver(Request(client, None, None, 0).encode_status(), None)
 
-    def leave_socket(self, client: SocketClient, reason: str) -> None:
-        """A Socket.IO client has left its namespace."""
+    def leave(self, client: Client, members: set[Any], reason: str) -> None:
+        """A client is gone from `members`, if it was let in at all."""
         client.cancel_calls()
-        members = self.sockets.get(client.namespace, set())
         if client in members:
             members.remove(client)
-            self._say_goodbye(client, reason)
-
-    def _say_goodbye(self, client: Client, reason: str) -> None:
-        if "disconnect" in self.handlers:
-            self.spawn(self._run_handler("disconnect", client, reason))
+            if "disconnect" in self.handlers:
+                self.spawn(self._run_handler("disconnect", client, reason))
 
     async def _run_handler(self, event: str, client: Client, value: Any) -> str | None:
         """Run a connect or disconnect handler; the message of its error, if any."""
@@ -2065,7 +1904,7 @@ class WebSocketManager:
 
     def count_drop(self, connection: Connection, reason: str) -> None:
         """A client is dropped by us."""
-        self.metrics.drops[reason] = self.metrics.drops.get(reason, 0) + 1
+        self.metrics.drops[reason] += 1
         if self.log_gate.admits(f"dropped, {reason}"):
             log.warning("%s dropped: %s", connection.name, reason)
 
@@ -2077,9 +1916,10 @@ class WebSocketManager:
 
     # Tasks.
 
-    def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
-        """Run `work` in a task that this manager owns."""
-        task = start_task(work)
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run `work` in a task of this manager; from Python 3.12 on, at once to its first wait."""
+        eager: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+        task = asyncio.Task(work, loop=asyncio.get_running_loop(), **eager)
         if not task.done():
             self.tasks.add(task)
             task.add_done_callback(self._task_done)
@@ -2094,12 +1934,11 @@ class WebSocketManager:
     async def sweep(self) -> None:
         """Until cancelled: every deadline of every socket, from one task instead of one each."""
         config = self.config
-        tick = min(
-            1.0,
-            config.raw_ping_interval_s / 4, config.engine_ping_interval_s / 4,
-            config.ping_timeout_s / 4, config.connect_timeout_s / 4,
-            config.open_timeout_s / 4, config.close_timeout_s / 4,
+        shortest = min(
+            config.raw_ping_interval_s, config.engine_ping_interval_s, config.ping_timeout_s,
+            config.connect_timeout_s, config.open_timeout_s, config.close_timeout_s,
         )  # fmt: skip
+        tick = min(1.0, shortest / 4)
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + tick
@@ -2108,15 +1947,13 @@ class WebSocketManager:
             self.metrics.loop_lag_s = max(0.0, now - due)
             self.log_gate.turn(now)
             for connection in tuple(self.connections):
-                if connection.deadline <= now:
-                    self._meet_deadline(connection, now)
-
-    def _meet_deadline(self, connection: Connection, now: float) -> None:
-        try:
-            connection.on_deadline(now)
-        except Exception as exc:
-            self.log_error(f"{connection.name} deadline failed", exc)
-            connection.transport.abort()
+                if connection.deadline > now:
+                    continue
+                try:
+                    connection.on_deadline(now)
+                except Exception as exc:
+                    self.log_error(f"{connection.name} deadline failed", exc)
+                    connection.transport.abort()
 
 
 def _offset_of(client: SocketClient) -> str:
@@ -2172,14 +2009,6 @@ def as_handler(function: Callable[..., Any], inline: bool) -> Command:
     return Command(call_async if is_async else call, name="handler", inline=inline)
 
 
-def start_task(work: Any) -> asyncio.Task[Any]:
-    """A task that, from Python 3.12 on, runs at once up to its first real wait."""
-    loop = asyncio.get_running_loop()
-    if sys.version_info >= (3, 12):
-        return asyncio.Task(work, loop=loop, eager_start=True)
-    return loop.create_task(work)
-
-
 def add_manager_commands(manager: WebSocketManager) -> None:
     """The built-in commands that need the manager: notify and clients."""
 
@@ -2207,7 +2036,7 @@ def add_manager_commands(manager: WebSocketManager) -> None:
 
 # --- 7 dispatch --------------------------------------------------------------------------------
 # One call takes a message and returns its answer if there is one now, or starts a task that will
-# send it. Errors become answers in `handle_request` and `Calls._conclude`, nowhere else. Every
+# send it. Errors become answers in `Request.refuse` and `Calls._conclude`, nowhere else. Every
 # request gets exactly one final answer.
 
 
@@ -2217,12 +2046,9 @@ def encode_error(code: str, message: str, **data: Any) -> bytes:
 
 
 INTERNAL_ERROR = encode_error("internal_error", "the server failed to handle this message")
+INVALID_JSON = encode_error("invalid_json", "the message is not valid JSON in UTF-8")
 UNENCODABLE = "the result can't be encoded as JSON"
-
-
-def refuse_json() -> bytes:
-    """The answer to a message that is not JSON."""
-    return encode_error("invalid_json", "the message is not valid JSON in UTF-8")
+NOT_JSON = (TypeError, ValueError, RecursionError)  # what encoding a value raises
 
 
 class Request:
@@ -2283,7 +2109,7 @@ class Request:
             value = {"command": self.line, "result": value}
         try:
             return self.encode("command_response", value)
-        except (TypeError, ValueError, RecursionError):
+        except NOT_JSON:
             return self.fail("command_failed", UNENCODABLE)
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
@@ -2293,15 +2119,21 @@ class Request:
             error["command"] = self.line
         try:
             return self.encode("error", {**error, **(data or {})})
-        except (TypeError, ValueError, RecursionError):
-            error["message"] = encodable(message)
-            return self.encode("error", error)
+        except NOT_JSON:
+            return self.encode("error", {**error, "message": encodable(message)})
+
+    def refuse(self, exc: Exception) -> bytes | None:
+        """The final answer of a request that met `exc`; a bug, ours or the program's, is logged."""
+        if isinstance(exc, Refused | ServiceError):
+            return self.fail(exc.code, str(exc), exc.data)
+        self.client.manager.log_error(f"{self.client.id} request failed", exc)
+        return self.fail("internal_error", "the server failed to handle this request")
 
     def progress(self, value: Any) -> None:
         """Send one report of the running command."""
         try:
             envelope = self.encode_progress(value)
-        except (TypeError, ValueError, RecursionError):
+        except NOT_JSON:
             raise CommandFailed("progress can't be encoded as JSON") from None
         if envelope is not None:
             self.client.deliver(envelope, None)
@@ -2332,16 +2164,8 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
         if handler is not None:
             return handler(request, params)
         return call_method(request, method, params)
-    except (Refused, ServiceError) as error:
-        return request.fail(error.code, str(error), error.data)
     except Exception as exc:
-        return internal_error(request, exc)
-
-
-def internal_error(request: Request, exc: Exception) -> bytes | None:
-    """The final answer of a request that met a bug of ours or the program's: the log has it."""
-    request.client.manager.log_error(f"{request.client.id} request failed", exc)
-    return request.fail("internal_error", "the server failed to handle this request")
+        return request.refuse(exc)
 
 
 _NO_PARAMS: dict[str, Any] = {}
@@ -2377,17 +2201,21 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
 
 
 BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
-    "get_status": get_status,
-    "execute_command": execute_command,
-    "cancel": cancel,
-}
+    "get_status": get_status, "execute_command": execute_command, "cancel": cancel,
+}  # fmt: skip
+
+
+def is_method(manager: WebSocketManager, name: str) -> bool:
+    """Is there an RPC method of that name?"""
+    return name in BUILT_IN_METHODS or name in manager.methods
 
 
 def call_method(request: Request, method: str, params: dict[str, Any]) -> bytes | None:
     """Call a method that the embedding program registered."""
-    command = request.client.manager.methods.get(method)
+    methods = request.client.manager.methods
+    command = methods.get(method)
     if command is None:
-        known = ", ".join([*BUILT_IN_METHODS, *request.client.manager.methods])
+        known = ", ".join([*BUILT_IN_METHODS, *methods])
         raise Refused("unknown_method", f"no such method; there are {known}", method=method)
     return submit(request, bind_method, command, params)
 
@@ -2409,27 +2237,19 @@ def handle_event(
         answer = handle_request(Request(client, message.get("id"), ack, size), message)
         return None if answer is None else client.wrap(answer, ack)
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
-    if name in client.manager.handlers:
-        return handle_own_event(client, name, args, ack, size)
-    is_method = name in BUILT_IN_METHODS or name in client.manager.methods
-    if not is_method and ack is None:
+    handler = client.manager.handlers.get(name)
+    if handler is not None:
+        request = EventRequest(client, None, ack, size)
+        try:
+            return submit(request, Call, handler, [client, *args], {})
+        except Exception as exc:
+            return request.refuse(exc)
+    is_known = is_method(client.manager, name)
+    if not is_known and ack is None:
         return None  # as socket.io does with an event that nobody handles
-    params = args[0] if is_method and args else {}
+    params = args[0] if is_known and args else {}
     answer = handle_request(Request(client, None, ack, size), {"method": name, "params": params})
     return None if answer is None else client.wrap(answer, ack)
-
-
-def handle_own_event(
-    client: SocketClient, name: str, args: list[Any], ack: int | None, size: int
-) -> bytes | None:
-    """Hand an event to the program's handler; what that returns is the ack."""
-    request = EventRequest(client, None, ack, size)
-    handler = client.manager.handlers[name]
-    try:
-        return submit(request, Call, handler, [client, *args], {})
-    except (Refused, ServiceError) as error:
-        request.fail(error.code, str(error), error.data)
-    return None
 
 
 class EventRequest(Request):
@@ -2437,26 +2257,15 @@ class EventRequest(Request):
 
     __slots__ = ()
 
-    def result(self, value: Any) -> None:
-        if self.ack is None:
-            return
-        values = list(value) if isinstance(value, tuple) else [value]
-        try:
-            self._send_ack(values)
-        except (TypeError, ValueError):
-            self.fail("command_failed", UNENCODABLE)
-
-    def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> None:
+    def encode(self, type: str, data: Any) -> None:
+        client, gate = cast(SocketClient, self.client), self.client.manager.log_gate
         if self.ack is not None:
-            message = encodable(message)
-            error = {"code": code, "message": message, **(data or {})}
-            self._send_ack([{"type": "error", "data": error}])
-        elif code != "cancelled" and self.client.manager.log_gate.admits("event handler"):
-            log.warning("%s event handler: %s", self.client.id, message)
-
-    def _send_ack(self, values: list[Any]) -> None:
-        client = cast(SocketClient, self.client)
-        client.send_packet(Packet(PacketType.ACK, client.namespace, values, self.ack))
+            values = data if isinstance(data, tuple) else (data,)
+            if type == "error":
+                values = ({"type": type, "data": data},)
+            client.send_packet(Packet(PacketType.ACK, client.namespace, list(values), self.ack))
+        elif type == "error" and data["code"] != "cancelled" and gate.admits("event handler"):
+            log.warning("%s event handler: %s", client.id, data["message"])
 
     def progress(self, value: Any) -> None:
         pass  # an event has no progress in the protocol
@@ -2472,8 +2281,9 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
         call = prepare(*args)
         if call.command.inline:
             return call_inline(request, call)
-        calls = client.calls = Calls(client)
-        return calls.run(request, call)
+        client.calls = Calls(client)
+        client.calls.run(request, call)
+        return None
     return calls.submit(request, functools.partial(prepare, *args))
 
 
@@ -2508,38 +2318,35 @@ class Calls:
 
     def submit(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
         """Start the request, or let it wait. Raises what `prepare` raises."""
-        if self._may_start(request):
+        queue = self.serial if request.is_serial else self.parallel
+        must_wait = queue or (request.is_serial and self.serial_running is not None)
+        if not must_wait and not self._is_full:
             return self._start(request, prepare)
-        (self.serial if request.is_serial else self.parallel).append((request, prepare))
+        queue.append((request, prepare))
         self._count_waiting(1, request.size)
         return None
 
-    def _may_start(self, request: Request) -> bool:
-        if len(self.running) >= self.client.manager.config.max_running_commands:
-            return False
-        if request.is_serial:
-            return self.serial_running is None and not self.serial
-        return not self.parallel
+    @property
+    def _is_full(self) -> bool:
+        return len(self.running) >= self.client.manager.config.max_running_commands
 
     def _start(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
         call = prepare()
         if call.command.inline:
             return call_inline(request, call)
-        return self.run(request, call)
+        self.run(request, call)
+        return None
 
-    def run(self, request: Request, call: Call) -> bytes | None:
-        """Run the call in a task of its own; its answer, should it be there at once."""
+    def run(self, request: Request, call: Call) -> None:
+        """Run the call in a task of its own."""
         manager = self.client.manager
         request.started, request.is_done = time.perf_counter(), False
         context = Context(self.client, functools.partial(self._progress, request))
+        request.task = manager.spawn(manager.commands.run(call, context))
         self.running.add(request)
         if request.is_serial:
             self.serial_running = request
-        task = request.task = manager.spawn(manager.commands.run(call, context))
-        if task.done():  # Python 3.12 runs a task at once up to its first real wait
-            return self._conclude(request, task)
-        task.add_done_callback(functools.partial(self._on_done, request))
-        return None
+        request.task.add_done_callback(functools.partial(self._on_done, request))
 
     def _progress(self, request: Request, value: Any) -> Awaitable[None] | None:
         """One report; the command waits when its client reads slowly."""
@@ -2565,35 +2372,32 @@ class Calls:
             self.serial_running = None
         request.is_done = True
         error = None if task.cancelled() else task.exception()
-        code = _result_code(task.cancelled(), error)
-        seconds = time.perf_counter() - request.started
-        self.client.manager.metrics.count_command(code, seconds)
-        if code == "ok":
-            return request.result(task.result())
-        if code == "cancelled":
-            return request.fail(code, "cancelled")
-        if isinstance(error, ServiceError):
-            return request.fail(code, str(error), error.data)
-        return request.fail(code, "the server failed to run this command")  # the task's owner logs
+        code, message = "internal_error", "the server failed to run this command"
+        data: Mapping[str, Any] | None = None
+        if task.cancelled():
+            code = message = "cancelled"
+        elif error is None:
+            code = "ok"
+        elif isinstance(error, ServiceError):  # the task's owner logs any other
+            code, message, data = error.code, str(error), error.data
+        metrics = self.client.manager.metrics
+        metrics.count_command(code, time.perf_counter() - request.started)
+        return request.result(task.result()) if code == "ok" else request.fail(code, message, data)
 
     def _start_waiting(self) -> None:
-        while (waiting := self._next_waiting()) is not None:
-            request, prepare = waiting
+        while not self._is_full:
+            if self.serial and self.serial_running is None:
+                request, prepare = self.serial.popleft()
+            elif self.parallel:
+                request, prepare = self.parallel.popleft()
+            else:
+                break
             self._count_waiting(-1, -request.size)
             try:
                 answer = self._start(request, prepare)
-            except (Refused, ServiceError) as error:
-                answer = request.fail(error.code, str(error), error.data)
             except Exception as exc:  # what waits behind it must go on
-                answer = internal_error(request, exc)
+                answer = request.refuse(exc)
             request.deliver(answer)
-
-    def _next_waiting(self) -> tuple[Request, Callable[[], Call]] | None:
-        if len(self.running) >= self.client.manager.config.max_running_commands:
-            return None
-        if self.serial and self.serial_running is None:
-            return self.serial.popleft()
-        return self.parallel.popleft() if self.parallel else None
 
     def _count_waiting(self, count: int, size: int) -> None:
         connection = self.client.connection
@@ -2606,34 +2410,30 @@ class Calls:
 
     def cancel(self, wanted: int | str) -> bool:
         """Cancel the running or waiting requests of this id; were there any?"""
-        found = False
-        for request in tuple(self.running):
-            if request.id == wanted and type(request.id) is type(wanted):
-                found = True
-                request.task.cancel()
-        for waiting in [entry for entry in self.parallel if entry[0].id == wanted]:
-            found = True
-            self.parallel.remove(waiting)
-            self._count_waiting(-1, -waiting[0].size)
-            waiting[0].deliver(waiting[0].fail("cancelled", "cancelled before it began"))
-        return found
+        running = [request for request in self.running if request.id == wanted]
+        waiting = [entry for entry in self.parallel if entry[0].id == wanted]
+        for request in running:
+            request.task.cancel()
+        for entry in waiting:
+            self.parallel.remove(entry)
+            self._count_waiting(-1, -entry[0].size)
+            entry[0].deliver(entry[0].fail("cancelled", "cancelled before it began"))
+        return bool(running or waiting)
 
     def stop(self) -> None:
         """The server stops: refuse what waits, cancel what runs, and let the client know."""
         for request, _ in (*self.serial, *self.parallel):
             request.deliver(request.fail("unavailable", "the server is shutting down"))
-        self._forget_waiting()
-        for request in tuple(self.running):
-            request.task.cancel()
+        self._end()
 
     def abandon(self) -> None:
         """The client is gone: nobody waits for an answer any more."""
         self.client.calls = None
-        self._forget_waiting()
-        for request in tuple(self.running):
-            request.task.cancel()
+        self._end()
 
-    def _forget_waiting(self) -> None:
+    def _end(self) -> None:
+        for request in self.running:
+            request.task.cancel()
         waiting = [request for request, _ in (*self.serial, *self.parallel)]
         self.serial.clear()
         self.parallel.clear()
@@ -2641,17 +2441,10 @@ class Calls:
         self._count_waiting(-len(waiting), -sum(request.size for request in waiting))
 
 
-def _result_code(is_cancelled: bool, error: BaseException | None) -> str:
-    if is_cancelled:
-        return "cancelled"
-    if error is None:
-        return "ok"
-    return error.code if isinstance(error, ServiceError) else "internal_error"
-
-
 def handle_other(client: Client, message: Any, size: int) -> bytes | None:
     """Answer a message that is no plain request: JSON-RPC, or a mistake."""
-    if is_json_rpc(message):
+    items = message if isinstance(message, list) else [message]
+    if any(isinstance(item, dict) and "jsonrpc" in item for item in items):
         return handle_json_rpc(client, message, size)
     return encode_error("invalid_request", 'a request is an object, such as {"method": "..."}')
 
@@ -2659,30 +2452,12 @@ def handle_other(client: Client, message: Any, size: int) -> bytes | None:
 # JSON-RPC 2.0: the same methods under another form of request and answer.
 
 JSON_RPC_CODES = {
-    "invalid_json": -32700,
-    "invalid_request": -32600,
-    "unknown_method": -32601,
-    "invalid_params": -32602,
-    "internal_error": -32603,
-    "command_failed": -32000,
-    "unknown_command": -32001,
-    "usage": -32002,
-    "timeout": -32003,
-    "cancelled": -32004,
-    "unavailable": -32005,
-    "too_large": -32006,
-    "unauthorized": -32007,
-    "forbidden": -32008,
+    "invalid_json": -32700, "invalid_request": -32600, "unknown_method": -32601,
+    "invalid_params": -32602, "internal_error": -32603, "command_failed": -32000,
+    "unknown_command": -32001, "usage": -32002, "timeout": -32003, "cancelled": -32004,
+    "unavailable": -32005, "too_large": -32006, "unauthorized": -32007, "forbidden": -32008,
     "history_gap": -32009,
-}
-METHOD_PARAMS = {"execute_command": ["command"], "cancel": ["id"], "get_status": []}
-
-
-def is_json_rpc(message: Any) -> bool:
-    """Does this message, or one of a batch, say that it is JSON-RPC?"""
-    if isinstance(message, list):
-        return any(isinstance(item, dict) and "jsonrpc" in item for item in message)
-    return isinstance(message, dict) and "jsonrpc" in message
+}  # fmt: skip
 
 
 class JsonRpcRequest(Request):
@@ -2697,49 +2472,44 @@ class JsonRpcRequest(Request):
         self.is_notification = _is_notification(message)
 
     def encode(self, type: str, data: Any) -> bytes | None:
-        if type == "error":
-            details = dict(data)
-            code = JSON_RPC_CODES.get(details["code"], -32000)
-            error = {"code": code, "message": details.pop("message"), "data": details}
-            return self._answer({"error": error})
-        return self._answer({"result": data})
-
-    def encode_status(self) -> bytes | None:  # type: ignore[override]
-        return self._answer({"result": self.client.manager.status()})
-
-    def _answer(self, outcome: dict[str, Any]) -> bytes | None:
         if self.is_notification:
             return None
-        return encode_json({"jsonrpc": "2.0", **outcome, "id": self.id})
+        if type != "error":
+            return encode_json({"jsonrpc": "2.0", "result": data, "id": self.id})
+        details = dict(data)
+        code = JSON_RPC_CODES.get(details["code"], -32000)
+        error = {"code": code, "message": details.pop("message"), "data": details}
+        return encode_json({"jsonrpc": "2.0", "error": error, "id": self.id})
+
+    def encode_status(self) -> bytes | None:  # type: ignore[override]
+        return self.encode("status_update", self.client.manager.status())
 
     def encode_progress(self, value: Any) -> bytes | None:
-        if self.is_notification or self.batch is not None:
+        if self.is_notification or self.batch is not None or self.client.door == "http":
             return None
         params = {"command": self.line, "progress": value, "id": self.id}
         return encode_json({"jsonrpc": "2.0", "method": "command_progress", "params": params})
 
     def deliver(self, answer: bytes | None) -> None:
-        if self.batch is not None:
-            answer = self.batch.add(answer)
-        super().deliver(answer)
+        super().deliver(answer if self.batch is None else self.batch.add(answer))
 
 
 class Batch:
     """The answers of one JSON-RPC batch, sent together when the last one is there."""
 
-    __slots__ = ("answers", "missing")
+    __slots__ = ("answers", "size")
 
-    def __init__(self, missing: int) -> None:
+    def __init__(self, size: int) -> None:
         self.answers: list[bytes] = []
-        self.missing = missing
+        self.size = size
 
     def add(self, answer: bytes | None) -> bytes | None:
         """Add one answer; the whole batch once it is complete."""
         if answer is None:
             return None
         self.answers.append(answer)
-        self.missing -= 1
-        return None if self.missing else b"[" + b",".join(self.answers) + b"]"
+        is_whole = len(self.answers) == self.size
+        return b"[" + b",".join(self.answers) + b"]" if is_whole else None
 
 
 def handle_json_rpc(client: Client, message: Any, size: int) -> bytes | None:
@@ -2753,87 +2523,84 @@ def handle_json_rpc(client: Client, message: Any, size: int) -> bytes | None:
     whole = None
     for item in message:
         request = JsonRpcRequest(client, item, size // len(message), batch)
-        answer = _handle_one_json_rpc(request, item)
-        whole = batch.add(answer) or whole
+        whole = batch.add(_handle_one_json_rpc(request, item)) or whole
     return whole
 
 
 def _is_notification(message: Any) -> bool:
     """Is this a JSON-RPC notification, which gets no answer?"""
-    return (
-        isinstance(message, dict)
-        and "id" not in message
-        and message.get("jsonrpc") == "2.0"
-        and isinstance(message.get("method"), str)
-    )
+    if not isinstance(message, dict) or "id" in message:
+        return False
+    return message.get("jsonrpc") == "2.0" and isinstance(message.get("method"), str)
 
 
 def _handle_one_json_rpc(request: JsonRpcRequest, message: Any) -> bytes | None:
     if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-        if type(request.id) not in (str, int):
+        if type(request.id) not in _ID_TYPES:
             request.id = None
         return request.fail("invalid_request", 'a request is an object with "jsonrpc": "2.0"')
-    if message.get("method") == "rpc.discover":
-        return request.encode("", describe_rpc(request.client.manager))
-    params = message.get("params", _NO_PARAMS)
-    if isinstance(params, list):
-        names = _names_of_params(request.client.manager, message.get("method"))
-        if len(params) > len(names):
+    manager, method = request.client.manager, message.get("method")
+    if method == "rpc.discover":
+        return request.encode("", describe_rpc(manager))
+    params = message.get("params")
+    if isinstance(params, list) and isinstance(method, str):
+        names = [argument["name"] for argument in _arguments_of(manager, method)]
+        if len(params) > len(names) and is_method(manager, method):
             return request.fail("invalid_params", f"at most {len(names)} params by position")
         message = {**message, "params": dict(zip(names, params, strict=False))}
     return handle_request(request, message)
 
 
-def _names_of_params(manager: WebSocketManager, method: Any) -> list[str]:
-    if method in METHOD_PARAMS:
-        return METHOD_PARAMS[method]
-    command = manager.methods.get(method) if isinstance(method, str) else None
-    return [argument["name"] for argument in command.arguments] if command else []
+def _arguments_of(manager: WebSocketManager, method: str) -> list[dict[str, Any]]:
+    if method in BUILT_IN_METHODS:
+        return _BUILT_IN_ARGUMENTS[method]
+    return manager.methods[method].arguments if method in manager.methods else []
+
+
+_BUILT_IN_ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "get_status": [],
+    "execute_command": [{"name": "command", "type": "str", "required": True}],
+    "cancel": [{"name": "id", "type": "any", "required": True}],
+}
+_JSON_TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+    "dict": "object",
+}  # fmt: skip
 
 
 def describe_rpc(manager: WebSocketManager) -> dict[str, Any]:
     """The OpenRPC document of what clients may call, made from the tables that dispatch uses."""
-    methods = [
-        _describe_method("get_status", "The state of every service.", []),
-        _describe_method(
-            "execute_command",
-            "Run a command line; further params reach the command by name. Commands: "
-            + "; ".join(command.usage for command in manager.commands.distinct()),
-            [{"name": "command", "type": "str", "required": True}],
-        ),
-        _describe_method(
-            "cancel", "Cancel a running request.", [{"name": "id", "type": "any", "required": True}]
-        ),
-    ]
-    methods += [_describe_method(c.name, c.summary, c.arguments) for c in manager.methods.values()]
+    usages = "; ".join(command.usage for command in manager.commands.distinct())
+    summaries = {
+        "get_status": "The state of every service.",
+        "execute_command": "Run a command line; further params reach the command by name. "
+        f"Commands: {usages}",
+        "cancel": "Cancel a running request.",
+        **{command.name: command.summary for command in manager.methods.values()},
+    }
     return {
         "openrpc": "1.3.2",
         "info": {"title": "Karna WS", "version": __version__},
-        "methods": methods,
+        "methods": [
+            _describe_method(name, summary, _arguments_of(manager, name))
+            for name, summary in summaries.items()
+        ],
     }
-
-
-_JSON_TYPES = {
-    "str": {"type": "string"}, "int": {"type": "integer"}, "float": {"type": "number"},
-    "bool": {"type": "boolean"}, "list": {"type": "array"}, "dict": {"type": "object"},
-}  # fmt: skip
 
 
 def _describe_method(name: str, summary: str, arguments: list[dict[str, Any]]) -> dict[str, Any]:
     params = []
     for argument in arguments:
-        schema = dict(_JSON_TYPES.get(argument["type"], {}))
+        kind = _JSON_TYPES.get(argument["type"])
+        schema = {} if kind is None else {"type": kind}
         if "choices" in argument:
             schema["enum"] = argument["choices"]
         required = bool(argument["required"])
         params.append({"name": argument["name"], "required": required, "schema": schema})
     return {
-        "name": name,
-        "summary": summary,
-        "paramStructure": "either",
-        "params": params,
+        "name": name, "summary": summary, "paramStructure": "either", "params": params,
         "result": {"name": "result", "schema": {}},
-    }
+    }  # fmt: skip
 
 
 # --- 8 http ------------------------------------------------------------------------------------
@@ -2844,16 +2611,26 @@ def _describe_method(name: str, summary: str, arguments: list[dict[str, Any]]) -
 
 
 def read_head(connection: Connection, data: bytes) -> None:
-    """Collect an HTTP head; go on with it when it is whole."""
-    end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
-    if end >= 0:
-        return handle_head(connection, data[: end + 4], data[end + 4 :])
+    """Collect an HTTP head; once it is whole refuse it, upgrade it, or answer it."""
+    try:
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
+        if end < 0:
+            check_partial_head(data)
+            return connection.keep(data)
+        request = connection.head = parse_head(data[: end + 4])
+        check_access(connection, request)
+        go_on = upgrade if request.is_upgrade else start_request
+        go_on(connection, request, data[end + 4 :])
+    except Exception as exc:
+        answer_error(connection, exc)
+
+
+def check_partial_head(data: bytes) -> None:
+    """Raises Refused for the beginning of what can't become a head."""
     if not 65 <= data[0] <= 90:  # no method starts like this; TLS on a plain port does
-        return refuse_http(connection, Refused("invalid_request", "this is no HTTP request"))
+        raise Refused("invalid_request", "this is no HTTP request")
     if len(data) > MAX_HEAD_BYTES or (len(data) > MAX_HEAD_LINE_BYTES and b"\r\n" not in data):
-        return refuse_http(connection, _head_too_large(data))
-    connection.keep(data)
-    return None
+        raise _head_too_large(data)
 
 
 def _head_too_large(head: bytes) -> Refused:
@@ -2862,20 +2639,16 @@ def _head_too_large(head: bytes) -> Refused:
     return Refused("too_large", "the request's headers are too large", status=431)
 
 
-def handle_head(connection: Connection, head: bytes, rest: bytes) -> None:
-    """A whole HTTP head has arrived: refuse it, upgrade it, or answer it."""
-    try:
-        request = parse_head(head)
-        connection.head = request
-        check_access(connection, request)
-        if request.is_upgrade:
-            return upgrade(connection, request, rest)
-        start_request(connection, request, rest)
-    except Refused as refused:
-        refuse_http(connection, refused)
-    except EngineRefused as refused:
-        send_response(connection, 400, dumps({"code": refused.code, "message": str(refused)}))
-    except Exception as exc:
+def answer_error(connection: Connection, exc: Exception) -> None:
+    """Answer a request with what went wrong; a bug of ours is logged."""
+    if isinstance(exc, EngineRefused):
+        code, message = exc.args
+        send_response(connection, 400, dumps({"code": code, "message": message}))
+    elif isinstance(exc, Refused):
+        refuse_http(connection, exc)
+    elif isinstance(exc, ServiceError):
+        refuse_http(connection, Refused(exc.code, str(exc)))
+    else:
         connection.manager.log_error(f"{connection.name} HTTP request failed", exc)
         send_response(connection, 500, INTERNAL_ERROR)
 
@@ -2917,17 +2690,14 @@ def parse_head(head: bytes) -> HttpRequest:
     headers, repeated = _merge_headers(lines[1:-2])
     if "transfer-encoding" in headers:
         raise Refused("invalid_request", "a body needs Content-Length", status=411)
-    return HttpRequest(
-        match["method"].decode(), path, _parse_query(query_text), headers, repeated,
-        _content_length(headers, repeated), match["minor"] == b"0",
-    )  # fmt: skip
-
-
-def _parse_query(text: str) -> dict[str, list[str]]:
     try:
-        return parse_qs(text, keep_blank_values=True, max_num_fields=100) if text else {}
+        query = parse_qs(query_text, True, max_num_fields=100) if query_text else {}
     except ValueError:
         raise Refused("invalid_request", "the query has too many fields") from None
+    return HttpRequest(
+        match["method"].decode(), path, query, headers, repeated,
+        _content_length(headers, repeated), match["minor"] == b"0",
+    )  # fmt: skip
 
 
 def _merge_headers(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
@@ -2960,14 +2730,14 @@ def check_access(connection: Connection, request: HttpRequest) -> None:
     config = connection.manager.config
     check_host(config, request)
     connection.origin = check_origin(config, request)
-    if request.method == "OPTIONS" or (request.path, request.is_upgrade) in _OPEN_PATHS:
+    if request.method == "OPTIONS" or (request.path in _OPEN_PATHS and not request.is_upgrade):
         return
     if not is_authorized(config, request) and "EIO" not in request.query:
         # The Socket.IO door takes its token with CONNECT.
         raise Refused("unauthorized", _TOKEN_TEXT, headers={"WWW-Authenticate": "Bearer"})
 
 
-_OPEN_PATHS = {("/", False), ("/health", False)}
+_OPEN_PATHS = ("/", "/health")
 
 
 def check_host(config: Config, request: HttpRequest) -> None:
@@ -2975,18 +2745,18 @@ def check_host(config: Config, request: HttpRequest) -> None:
     host = request.headers.get("host")
     if host is None or "host" in request.repeated:
         raise Refused("invalid_request", "a request needs exactly one Host header")
-    name = _HOST.fullmatch(host)
-    if name is None:
+    match = _HOST.fullmatch(host)
+    if match is None:
         raise Refused("invalid_request", "malformed Host header")
-    literal = name["name"].lower()
-    allowed = literal == "localhost" or is_ip_address(literal)
-    if not allowed and literal not in [each.lower() for each in config.allow_host]:
-        raise Refused(
-            "forbidden", f"Host {literal} is not allowed; --allow-host {literal} would allow it"
-        )
+    name = match[1].lower()
+    if name == "localhost" or is_ip_address(name):
+        return
+    if name not in [each.lower() for each in config.allow_host]:
+        message = f"Host {name} is not allowed; --allow-host {name} would allow it"
+        raise Refused("forbidden", message)
 
 
-_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 
 
 def is_ip_address(name: str) -> bool:
@@ -3010,27 +2780,18 @@ def check_origin(config: Config, request: HttpRequest) -> str | None:
         raise Refused("forbidden", "a request has one Origin at most")
     if origin in config.allow_origin or _LOOPBACK_ORIGIN.fullmatch(origin):
         return origin
-    if _authority(origin) == _authority("http://" + request.headers["host"].lower()):
-        return origin
-    if _authority(origin) == _authority("https://" + request.headers["host"].lower()):
+    scheme, _, authority = origin.partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    host = request.headers["host"].lower()
+    if port is not None and authority.removesuffix(port) == host.removesuffix(port):
         return origin
     if not _ORIGIN.fullmatch(origin) or len(origin) > 300:
         raise Refused("forbidden", "an Origin of this form, such as null, is never allowed")
-    raise Refused(
-        "forbidden", f"Origin {origin} is not allowed; --allow-origin {origin} would allow it"
-    )
+    message = f"Origin {origin} is not allowed; --allow-origin {origin} would allow it"
+    raise Refused("forbidden", message)
 
 
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
-_DEFAULT_PORT = {"http": ":80", "https": ":443"}
-
-
-def _authority(origin: str) -> tuple[str, str] | None:
-    """Scheme and authority of a web origin, its default port left out."""
-    scheme, found, authority = origin.partition("://")
-    if not found or scheme not in _DEFAULT_PORT:
-        return None
-    return scheme, authority.removesuffix(_DEFAULT_PORT[scheme])
 
 
 def is_authorized(config: Config, request: HttpRequest) -> bool:
@@ -3043,10 +2804,8 @@ def is_authorized(config: Config, request: HttpRequest) -> bool:
 
 def token_matches(token: str | None, given: Any) -> bool:
     """Is `given` the token, if there is one? Takes the same time for every wrong one."""
-    if token is None:
-        return True
-    if not isinstance(given, str):
-        return False
+    if token is None or not isinstance(given, str):
+        return token is None
     return hmac.compare_digest(token.encode(), given.encode(errors="replace"))
 
 
@@ -3054,34 +2813,21 @@ def token_matches(token: str | None, given: Any) -> bool:
 
 
 class EngineRefused(Exception):
-    """An Engine.IO handshake is refused, in the words of socket.io."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(ENGINE_ERRORS[code])
-        self.code = code
-
-
-ENGINE_ERRORS = {
-    0: "Transport unknown",
-    1: "Session ID unknown",
-    2: "Bad handshake method",
-    3: "Bad request",
-    5: "Unsupported protocol version",
-}
+    """An Engine.IO handshake is refused, with the code and message of socket.io."""
 
 
 def check_engine_handshake(request: HttpRequest) -> None:
     """Refuse what is no Engine.IO handshake over websocket, in the order socket.io does."""
     if request.query.get("transport", [""])[0] != "websocket":
-        raise EngineRefused(0)
-    if "sid" in request.query:
-        raise EngineRefused(1)  # sessions begin here; none moves over from polling
+        raise EngineRefused(0, "Transport unknown")
+    if "sid" in request.query:  # sessions begin here; none moves over from polling
+        raise EngineRefused(1, "Session ID unknown")
     if request.method != "GET":
-        raise EngineRefused(2)
+        raise EngineRefused(2, "Bad handshake method")
     if not request.is_upgrade:
-        raise EngineRefused(3)
+        raise EngineRefused(3, "Bad request")
     if request.query["EIO"][0] not in ("3", "4"):
-        raise EngineRefused(5)
+        raise EngineRefused(5, "Unsupported protocol version")
 
 
 def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
@@ -3100,10 +2846,7 @@ def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
     handshake = accept_handshake(request)
     connection.head = None  # 1.7 KiB that nobody needs any more
     connection._answers = [handshake]  # what follows it leaves in the same write
-    if is_engine:
-        _open_engine(connection, request)
-    else:
-        _open_raw(connection, request)
+    (_open_engine if is_engine else _open_raw)(connection, request)
     connection._flush_answers()
     if rest:
         manager.bytes_in -= len(rest)  # counted with the head that it came with
@@ -3118,9 +2861,8 @@ def accept_handshake(request: HttpRequest) -> bytes:
     if request.is_http_1_0:
         raise Refused("invalid_request", "a WebSocket needs HTTP/1.1", status=505)
     options = [option.strip() for option in headers.get("connection", "").lower().split(",")]
-    if headers["upgrade"].lower() != "websocket" or "upgrade" not in options:
-        raise _upgrade_required()
-    if headers.get("sec-websocket-version") != "13":
+    is_asked = headers["upgrade"].lower() == "websocket" and "upgrade" in options
+    if not is_asked or headers.get("sec-websocket-version") != "13":
         raise _upgrade_required()
     key = headers.get("sec-websocket-key", "")
     if not _WEBSOCKET_KEY.fullmatch(key):
@@ -3173,24 +2915,19 @@ def start_request(connection: Connection, request: HttpRequest, rest: bytes) -> 
     """Find the handler of a plain request; read its body first if it has one."""
     if "EIO" in request.query:
         check_engine_handshake(request)
-    methods = ROUTES.get(request.path)
-    if methods is None:
+    if request.path not in ROUTES:
         raise _not_found()
-    method = "GET" if request.method == "HEAD" else request.method
-    if method == "OPTIONS":
-        return send_preflight(connection, methods)
-    if method not in methods:
-        allow = ", ".join(_allowed(methods))
+    wanted, handler, _ = ROUTES[request.path]
+    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else "POST, OPTIONS"
+    if request.method == "OPTIONS":
+        send_preflight(connection, allow)
+    elif request.method != wanted and (request.method, wanted) != ("HEAD", "GET"):
         message = f"{request.path} takes {allow}"
         raise Refused("invalid_request", message, status=405, headers={"Allow": allow})
-    if method == "POST":
-        return start_body(connection, request, rest)
-    methods[method](connection, b"")
-    return None
-
-
-def _allowed(methods: Iterable[str]) -> list[str]:
-    return [*(["GET", "HEAD"] if "GET" in methods else ["POST"]), "OPTIONS"]
+    elif wanted == "POST":
+        start_body(connection, request, rest)
+    else:
+        handler(connection, b"")
 
 
 def start_body(connection: Connection, request: HttpRequest, rest: bytes) -> None:
@@ -3215,16 +2952,12 @@ def read_body(connection: Connection, data: bytes) -> None:
     request: HttpRequest = connection.head
     if len(data) < request.body_bytes:
         return connection.keep(data, request.body_bytes)
-    body = data[: request.body_bytes]
     connection.phase = Phase.ANSWERING
     connection.deadline = NEVER  # the command's own time limit holds
     try:
-        ROUTES[request.path]["POST"](connection, body)
-    except Refused as refused:
-        refuse_http(connection, refused)
+        ROUTES[request.path][1](connection, data[: request.body_bytes])
     except Exception as exc:
-        connection.manager.log_error(f"{connection.name} HTTP request failed", exc)
-        send_response(connection, 500, INTERNAL_ERROR)
+        answer_error(connection, exc)
     return None
 
 
@@ -3239,53 +2972,33 @@ def _upgrade_required() -> Refused:
     )  # fmt: skip
 
 
-REASONS = {
-    200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
-    403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    409: "Conflict", 411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
-    415: "Unsupported Media Type", 426: "Upgrade Required", 431: "Request Header Fields Too Large",
-    500: "Internal Server Error", 503: "Service Unavailable", 504: "Gateway Timeout",
-    505: "HTTP Version Not Supported",
-}  # fmt: skip
-JSON_TYPE = "application/json"
-
-
 def send_response(
-    connection: Connection,
-    status: int,
-    body: bytes,
-    content_type: str = JSON_TYPE,
+    connection: Connection, status: int, body: bytes, content_type: str = "application/json",
     headers: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Send the one answer of this socket and close it once the peer has had time to read it."""
     if connection.phase in (Phase.CLOSING, Phase.CLOSED):
         return
-    fields = {
-        "Connection": "close",
-        "Content-Length": str(len(body)),
-        "Content-Type": content_type,
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-        "Vary": "Origin",
-        **(headers or {}),
-    }
-    if status == 204:  # has no body to describe (RFC 9110, 8.6)
-        del fields["Content-Length"], fields["Content-Type"]
+    fields = {"Connection": "close", "Cache-Control": "no-store", "Vary": "Origin"}
+    if status != 204:  # which has no body to describe (RFC 9110, 8.6)
+        fields |= {"Content-Length": str(len(body)), "Content-Type": content_type}
+        fields["X-Content-Type-Options"] = "nosniff"
+    fields |= headers or {}
     if connection.origin is not None:
         fields["Access-Control-Allow-Origin"] = connection.origin
-    head = f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
-    head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     is_head = connection.head is not None and connection.head.method == "HEAD"
     connection.phase = Phase.CLOSING
     connection.deadline = connection.loop.time() + LINGER_S + len(body) / SLOWEST_READER_BYTES_S
-    connection.transport.write(head.encode("latin-1") + (b"" if is_head else body))
+    connection.transport.write(f"{head}\r\n".encode("latin-1") + (b"" if is_head else body))
     connection._half_close()
 
 
 def refuse_http(connection: Connection, refused: Refused) -> None:
     """Answer with an error envelope, count it, and log it as far as the log can bear."""
     manager = connection.manager
-    manager.metrics.count_refusal(refused.code)
+    manager.metrics.refusals[refused.code] += 1
     text = str(refused)
     if refused.code == "forbidden" and manager.log_gate.admits(text[:300]):
         log.warning("%s refused: %s", connection.name, text)
@@ -3295,23 +3008,22 @@ def refuse_http(connection: Connection, refused: Refused) -> None:
 
 def refuse_late_request(connection: Connection) -> None:
     """The head or body did not arrive in time."""
-    if connection.phase is Phase.HEAD and not connection.has_tail:
-        connection.manager.metrics.count_refusal("timeout")
+    manager = connection.manager
+    if connection.phase is Phase.HEAD and connection._tail is None:
+        manager.metrics.refusals["timeout"] += 1
         return connection.transport.abort()  # it never said a word
-    limit_s = connection.manager.config.open_timeout_s
+    limit_s = manager.config.open_timeout_s
     message = f"the request took longer than {limit_s:g} s to arrive (--open-timeout)"
     return refuse_http(connection, Refused("timeout", message, status=408))
 
 
-def send_preflight(connection: Connection, methods: Iterable[str]) -> None:
+def send_preflight(connection: Connection, allow: str) -> None:
     """Answer a CORS preflight; its Origin has been checked."""
-    headers = {"Allow": ", ".join(_allowed(methods))}
+    headers = {"Allow": allow}
     if connection.origin is not None:
-        headers |= {
-            "Access-Control-Allow-Methods": ", ".join(_allowed(methods)),
-            "Access-Control-Allow-Headers": "Authorization, Content-Type",
-            "Access-Control-Max-Age": "600",
-        }
+        headers["Access-Control-Allow-Methods"] = allow
+        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+        headers["Access-Control-Max-Age"] = "600"
         if "access-control-request-private-network" in connection.head.headers:
             headers["Access-Control-Allow-Private-Network"] = "true"
     send_response(connection, 204, b"", headers=headers)
@@ -3338,22 +3050,17 @@ def load_page() -> tuple[bytes, str] | None:
         content = (Path(__file__).parent / "web" / "console.html").read_bytes()
     except OSError:
         return None
-    hashes = {
-        tag: [
-            f"'sha256-{b64encode(hashlib.sha256(part).digest()).decode()}'"
-            for part in re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
-        ]
-        for tag in (b"script", b"style")
-    }
+
+    def hashes(tag: bytes) -> str:
+        parts = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
+        digests = [b64encode(hashlib.sha256(part).digest()).decode() for part in parts]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
     return content, (
-        f"default-src 'none'; script-src {' '.join(hashes[b'script'])}; "
-        f"style-src {' '.join(hashes[b'style'])}; connect-src 'self' ws: wss:; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; "
+        "connect-src 'self' ws: wss:; img-src data: blob:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
-
-
-# A degraded service still serves; a degraded backplane loses what others broadcast.
-_ILL = {False: ("failed",), True: ("failed", "degraded")}
 
 
 def answer_health(connection: Connection, body: bytes) -> None:
@@ -3364,7 +3071,9 @@ def answer_health(connection: Connection, body: bytes) -> None:
     ill = {
         name: service.get_status()
         for name, service in manager.services.items()
-        if service.state in _ILL[service is manager.backplane]
+        if service.state == "failed"
+        # Degraded, a service still serves; but a backplane loses what others broadcast.
+        or (service.state == "degraded" and service is manager.backplane)
     }
     if ill:
         return send_response(connection, 503, encode_json({"status": "unhealthy", "services": ill}))
@@ -3394,11 +3103,11 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 def answer_execute(connection: Connection, body: bytes) -> None:
     """POST /api/execute_command: run a command, answer as the raw door would."""
-    client = HttpClient(connection, connection.name)
-    connection.door = client
-    message = {"method": "execute_command", "params": read_object(body)}
+    params = read_object(body)
+    client = connection.door = HttpClient(connection, connection.name)
     request = Request(client, None, None, len(body))
-    request.deliver(handle_request(request, message))
+    answer = handle_request(request, {"method": "execute_command", "params": params})
+    request.deliver(answer)
 
 
 def answer_notify(connection: Connection, body: bytes) -> None:
@@ -3414,57 +3123,44 @@ def answer_notify(connection: Connection, body: bytes) -> None:
 async def _publish_notification(connection: Connection, data: dict[str, str]) -> None:
     try:
         clients = await connection.manager.publish("notification", data)
-    except Unavailable as error:
-        return refuse_http(connection, Refused("unavailable", str(error)))
+    except Exception as exc:
+        return answer_error(connection, exc)
     return send_response(connection, 202, dumps({"clients": clients}))
 
 
 def answer_rpc(connection: Connection, body: bytes) -> None:
     """POST /rpc: JSON-RPC 2.0."""
-    client = JsonRpcHttpClient(connection, connection.name)
-    connection.door = client
+    client = connection.door = JsonRpcHttpClient(connection, connection.name)
     try:
         message = loads(body)
     except JSONDecodeError:
         request = JsonRpcRequest(client, None, len(body), None)
-        return client.finish(request.fail("invalid_json", "the body is not valid JSON in UTF-8"))
-    answer = handle_json_rpc(client, message, len(body))
-    messages = message if isinstance(message, list) else [message]
-    if answer is not None or all(map(_is_notification, messages)):
-        client.finish(answer)
+        answer = request.fail("invalid_json", "the body is not valid JSON in UTF-8")
+    else:
+        answer = handle_json_rpc(client, message, len(body))
+        messages = message if isinstance(message, list) else [message]
+        if all(map(_is_notification, messages)) and answer is None:
+            return send_response(connection, 204, b"")
+    if answer is not None:
+        client.deliver(answer, None)
     return None
 
 
 class JsonRpcHttpClient(HttpClient):
-    """One POST to /rpc; its status is 200 whatever the answer says, 204 for no answer."""
+    """One POST to /rpc; its status is 200 whatever the answer says."""
 
     __slots__ = ()
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
-        if not envelope.startswith(b'{"jsonrpc":"2.0","method":'):  # progress; HTTP has one answer
-            self.finish(envelope)
-
-    def finish(self, answer: bytes | None) -> None:
-        """Send the response."""
-        send_response(self.connection, 204 if answer is None else 200, answer or b"")
+        send_response(self.connection, 200, envelope)
 
 
 def answer_metrics(connection: Connection, body: bytes) -> None:
-    """GET /metrics: Prometheus text format."""
-    text = render_metrics(connection.manager)
-    send_response(connection, 200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
-
-
-def render_metrics(manager: WebSocketManager) -> str:
-    """All metrics in Prometheus text format 0.0.4."""
-    metrics = manager.metrics
-    doors = {"raw": len(manager.raw), "socket.io": len(manager.sessions)}
-    states = {
-        f'{{service="{_label(name)}",state="{service.state}"}}': 1
-        for name, service in manager.services.items()
-    }
+    """GET /metrics: Prometheus text format 0.0.4."""
+    manager, metrics = connection.manager, connection.manager.metrics
     lines: list[str] = []
     add = functools.partial(_add_metric, lines)
+    doors = {"raw": len(manager.raw), "socket.io": len(manager.sessions)}
     add("clients", "gauge", "Clients connected, by door.", _by("door", doors))
     add("sockets", "gauge", "Sockets open, HTTP and handshakes included.", len(manager.connections))
     add("received_bytes_total", "counter", "Bytes read from sockets.", manager.bytes_in)
@@ -3476,43 +3172,42 @@ def render_metrics(manager: WebSocketManager) -> str:
     add("deliveries_total", "counter", "Broadcasts written, each client one.", manager.deliveries)
     add("commands_total", "counter", "Commands, methods and events ended, by result.",
         _by("result", metrics.commands))  # fmt: skip
-    _add_histogram(lines, metrics)
+    add("command_duration_seconds", "histogram", "How long commands, methods and events took.",
+        _histogram(metrics))  # fmt: skip
     add("dropped_total", "counter", "Clients dropped, by reason.", _by("reason", metrics.drops))
     add("refused_total", "counter", "Requests refused, by reason.", _by("reason", metrics.refusals))
-    add("service_state", "gauge", "1 for the state each service is in.", states)
+    states = [(_label(name), service.state) for name, service in manager.services.items()]
+    add("service_state", "gauge", "1 for the state each service is in.",
+        {f'{{service="{name}",state="{state}"}}': 1 for name, state in states})  # fmt: skip
     add("loop_lag_seconds", "gauge", "How late the loop's last tick was.", metrics.loop_lag_s)
     add("tasks", "gauge", "Tasks of the event loop.", len(asyncio.all_tasks()))
     add("resident_memory_bytes", "gauge", "Resident memory of the process.", resident_bytes())
-    return "\n".join(lines) + "\n"
-
-
-def _label(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _by(label: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f'{{{label}="{_label(key)}"}}': value for key, value in values.items()}
+    text = "\n".join(lines) + "\n"
+    send_response(connection, 200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_metric(
     lines: list[str], name: str, kind: str, help: str, values: float | Mapping[str, float]
 ) -> None:
     lines += [f"# HELP karna_{name} {help}", f"# TYPE karna_{name} {kind}"]
-    if not isinstance(values, Mapping):
-        values = {"": values}
-    lines += [f"karna_{name}{labels} {value}" for labels, value in values.items()]
+    samples = values if isinstance(values, Mapping) else {"": values}
+    lines += [f"karna_{name}{labels} {value}" for labels, value in samples.items()]
 
 
-def _add_histogram(lines: list[str], metrics: Metrics) -> None:
-    name = "karna_command_duration_seconds"
-    lines += [f"# HELP {name} How long commands, methods and events took."]
-    lines += [f"# TYPE {name} histogram"]
-    total = 0
-    for limit, count in zip((*LATENCY_BUCKETS_S, math.inf), metrics.latency_buckets, strict=True):
-        total += count
-        shown = "+Inf" if limit == math.inf else f"{limit:g}"
-        lines.append(f'{name}_bucket{{le="{shown}"}} {total}')
-    lines += [f"{name}_sum {metrics.latency_sum_s}", f"{name}_count {total}"]
+def _by(label: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f'{{{label}="{_label(key)}"}}': value for key, value in values.items()}
+
+
+def _label(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _histogram(metrics: Metrics) -> dict[str, float]:
+    limits = [*map("{:g}".format, LATENCY_BUCKETS_S), "+Inf"]
+    counts = itertools.accumulate(metrics.latency_buckets)
+    buckets = {f'_bucket{{le="{x}"}}': n for x, n in zip(limits, counts, strict=True)}
+    total = sum(metrics.latency_buckets)
+    return {**buckets, "_sum": metrics.latency_sum_s, "_count": total}
 
 
 def resident_bytes() -> int:
@@ -3524,27 +3219,23 @@ def resident_bytes() -> int:
         return 0
 
 
-ROUTES: dict[str, dict[str, Callable[[Connection, bytes], None]]] = {
-    "/": {"GET": answer_page},
-    "/health": {"GET": answer_health},
-    "/api/status": {"GET": answer_status},
-    "/api/execute_command": {"POST": answer_execute},
-    "/api/notify": {"POST": answer_notify},
-    "/rpc": {"POST": answer_rpc},
-    "/metrics": {"GET": answer_metrics},
-    "/ws": {"GET": answer_ws},
-    "/ws/": {"GET": answer_ws},
-}
+# Path -> the method it takes, its handler, and what tells of it.
+ROUTES: dict[str, tuple[str, Callable[[Connection, bytes], None], str]] = {
+    "/": ("GET", answer_page, "GET: console page"),
+    "/health": ("GET", answer_health, "GET: is everything well"),
+    "/api/status": ("GET", answer_status, "GET: status of the services"),
+    "/api/execute_command": (
+        "POST", answer_execute, 'POST {"command": "...", ...params}: run a command'),
+    "/api/notify": (
+        "POST", answer_notify, 'POST {"message": "...", "level": "info"}: notify every client'),
+    "/rpc": ("POST", answer_rpc, "POST: JSON-RPC 2.0"),
+    "/metrics": ("GET", answer_metrics, "GET: Prometheus metrics"),
+    "/ws": ("GET", answer_ws, "WebSocket: JSON requests, one a message"),
+    "/ws/": ("GET", answer_ws, ""),
+}  # fmt: skip
 DOORS = {
-    "/ws": "WebSocket: JSON requests, one a message",
     "/socket.io/": "Socket.IO: websocket transport, namespaces / and /ws",
-    "/": "GET: console page",
-    "/health": "GET: is everything well",
-    "/api/status": "GET: status of the services",
-    "/api/execute_command": 'POST {"command": "...", ...params}: run a command',
-    "/api/notify": 'POST {"message": "...", "level": "info"}: notify every client',
-    "/rpc": "POST: JSON-RPC 2.0",
-    "/metrics": "GET: Prometheus metrics",
+    **{path: text for path, (_, _, text) in ROUTES.items() if text},
 }
 
 
@@ -3569,7 +3260,7 @@ class Server:
         self._monitor = Monitor(())
         self._sweep: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._unix_file: tuple[int, int] | None = None
+        self._unix_file: os.stat_result | None = None
 
     @property
     def port(self) -> int:
@@ -3593,11 +3284,15 @@ class Server:
         self._sweep.add_done_callback(self._sweep_ended)
         self._monitor = Monitor(manager.services.values())
         self._monitor.start()
-        if manager.backplane is not None:
-            # Clients that come back at once would else find no history; without Redis they must.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(manager.backplane.is_loaded.wait(), BACKPLANE_S)
-        await self._websocket_server.start_serving()
+        try:
+            if manager.backplane is not None:
+                # Clients that come back at once would else find no history, as without Redis.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(manager.backplane.is_loaded.wait(), BACKPLANE_S)
+            await self._websocket_server.start_serving()
+        except BaseException:  # cancelled: nobody has this server yet to close it
+            await self.close()
+            raise
 
     async def _bind(self) -> WebSocketServer:
         config = self.config
@@ -3617,10 +3312,11 @@ class Server:
         try:
             inherited = inherited_socket()
             if inherited is not None:
-                check_inherited(config, inherited)
-                is_unix = inherited.family == socket.AF_UNIX
-                serve = websockets_unix_serve if is_unix else websockets_serve
-                return await serve(_unused_handler, sock=inherited, **options)
+                name = inherited.getsockname()
+                if isinstance(name, tuple):
+                    check_binding(replace(config, host=name[0]))
+                    return await websockets_serve(_unused_handler, sock=inherited, **options)
+                return await websockets_unix_serve(_unused_handler, sock=inherited, **options)
             if config.unix is not None:
                 return await self._bind_unix(config.unix, options)
             if config.reuse_port:
@@ -3632,14 +3328,12 @@ class Server:
     async def _bind_unix(self, path: str, options: dict[str, Any]) -> WebSocketServer:
         if _is_served(path):
             raise StartError(f"{path} is in use by another server; choose another with --unix")
-        # Whoever can write to the socket can execute commands: only its owner may.
-        mask = os.umask(0o177)
+        mask = os.umask(0o177)  # who can write to the socket can execute commands: its owner only
         try:
             server = await websockets_unix_serve(_unused_handler, path, **options)
         finally:
             os.umask(mask)
-        found = os.stat(path)
-        self._unix_file = (found.st_dev, found.st_ino)
+        self._unix_file = os.stat(path)
         return server
 
     def _sweep_ended(self, task: asyncio.Task[None]) -> None:
@@ -3675,7 +3369,10 @@ class Server:
             connection.transport.abort()
         await self._wait_for_peers(1.0)
         await self._monitor.stop()
-        await self._cancel_tasks()
+        tasks = [*manager.tasks, cast("asyncio.Task[None]", self._sweep)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CANCEL_S)
         await self._websocket_server.wait_closed()
         self._remove_unix_file()
         manager.loop = None
@@ -3684,11 +3381,10 @@ class Server:
     async def _finish_commands(self) -> None:
         """Running commands get their grace, then they are cancelled and their clients told."""
         manager = self.manager
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self.config.grace_s
+        until = time.monotonic() + self.config.grace_s
         # Again and again: what waited for a running command begins when that ends.
-        while manager.tasks and loop.time() < until:
-            await asyncio.wait(tuple(manager.tasks), timeout=until - loop.time())
+        while manager.tasks and (left_s := until - time.monotonic()) > 0:
+            await asyncio.wait(tuple(manager.tasks), timeout=left_s)
         doors = [connection.door for connection in manager.connections]
         asking = [door for door in doors if isinstance(door, HttpClient)]
         for client in [*manager.all_clients(), *asking]:
@@ -3704,25 +3400,12 @@ class Server:
             with suppress(TimeoutError):
                 await asyncio.wait_for(manager.when_empty.wait(), limit_s)
 
-    async def _cancel_tasks(self) -> None:
-        tasks = [*self.manager.tasks]
-        if self._sweep is not None:
-            tasks.append(self._sweep)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=CANCEL_S)
-
     def _remove_unix_file(self) -> None:
-        path = self.config.unix
-        if path is None or self._unix_file is None:
-            return
-        try:
-            found = os.stat(path)
-            if (found.st_dev, found.st_ino) == self._unix_file:  # not a successor's
-                os.unlink(path)
-        except OSError:
-            pass  # gone already
+        if self._unix_file is not None:
+            path = cast(str, self.config.unix)
+            with suppress(OSError):  # gone already
+                if os.path.samestat(os.stat(path), self._unix_file):  # not a successor's
+                    os.unlink(path)
 
 
 _library_log = logging.getLogger("karna_ws.websockets")
@@ -3735,9 +3418,8 @@ async def _unused_handler(connection: ServerConnection) -> None:
 
 def check_binding(config: Config) -> None:
     """Refuse to listen beyond this machine without a token. Raises StartError."""
-    if config.unix is not None or config.token is not None or config.insecure_no_token:
-        return
-    if not is_loopback(config.host):
+    is_guarded = config.unix is not None or config.token is not None or config.insecure_no_token
+    if not is_guarded and not is_loopback(config.host):
         raise StartError(
             f"listening on {config.host or 'all addresses'} lets others command this machine: set "
             "a token (--token or KARNA_TOKEN), or accept that with --insecure-no-token"
@@ -3753,7 +3435,8 @@ def is_loopback(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise StartError(f"host {host!r} is no address of this machine: {error}") from None
+        reason = error.strerror or error
+        raise StartError(f"host {host!r} is no address of this machine: {reason}") from None
     addresses = [str(address[0]) for *_, address in found]
     return all(address.startswith("127.") or address == "::1" for address in addresses)
 
@@ -3771,13 +3454,6 @@ def inherited_socket() -> socket.socket | None:
     return inherited
 
 
-def check_inherited(config: Config, inherited: socket.socket) -> None:
-    """The rule of `check_binding`, for a socket that was bound by another."""
-    name = inherited.getsockname()
-    if isinstance(name, tuple):
-        check_binding(replace(config, host=name[0]))
-
-
 def _is_served(path: str) -> bool:
     """Does a server accept connections on this Unix socket?"""
     with socket.socket(socket.AF_UNIX) as probe:
@@ -3793,11 +3469,16 @@ def _is_served(path: str) -> bool:
 
 def _explain_bind(config: Config, error: OSError) -> str:
     where = config.unix or f"{config.host}:{config.port}"
+    flag = "--unix" if config.unix else "--port"
     if error.errno == errno.EADDRINUSE:
-        return f"{where} is in use; choose another with {'--unix' if config.unix else '--port'}"
+        return f"{where} is in use; choose another with {flag}"
     if error.errno == errno.EACCES:
-        return f"not allowed to listen on {where}; choose another with --port, 1024 or more"
-    return f"can't listen on {where}: {error.strerror or error}"
+        wanted = flag if config.unix else f"{flag}, 1024 or more"
+        return f"not allowed to listen on {where}; choose another with {wanted}"
+    # asyncio's own text would name the address again; getaddrinfo's numbers are negative.
+    number = error.errno or 0
+    reason = os.strerror(number) if number > 0 else error.strerror or error
+    return f"can't listen on {where}: {reason}"
 
 
 def make_tls_context(config: Config) -> Any:
@@ -3808,7 +3489,8 @@ def make_tls_context(config: Config) -> Any:
     try:
         context.load_cert_chain(cast(str, config.certfile), config.keyfile)
     except (OSError, ssl.SSLError) as error:
-        raise StartError(f"can't use the TLS certificate {config.certfile}: {error}") from None
+        reason = error.strerror or error
+        raise StartError(f"can't use the TLS certificate {config.certfile}: {reason}") from None
     return context
 
 
@@ -3827,11 +3509,10 @@ def make_backplane(config: Config) -> RedisBackplane | None:
 def make_config(options: Mapping[str, Any]) -> Config:
     """Config from keyword options. Raises TypeError or ValueError that names the option."""
     values = dict(options)
-    for name in ("allow_origin", "allow_host", "namespaces"):
-        if name in values:
-            given = values[name] or ()
-            given = (given,) if isinstance(given, str) else given
-            values[name] = tuple(given) if isinstance(given, Iterable) else given
+    for name in values.keys() & {"allow_origin", "allow_host", "namespaces"}:
+        given = values[name] or ()
+        given = (given,) if isinstance(given, str) else given
+        values[name] = tuple(given) if isinstance(given, Iterable) else given
     return Config(**values)
 
 
@@ -3890,14 +3571,10 @@ def stopping_on_signals(server: Server) -> Iterator[None]:
 LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore their cancellation
 LOG_LEVELS = ("debug", "info", "warning", "error")
 GROUPS = {
-    "where": "where to listen",
-    "who": "who may come in",
-    "limits": "limits",
-    "heartbeat": "heartbeat and Socket.IO",
-    "recovery": "recovery and scale-out",
-    "commands": "commands and models",
-    "run": "running",
-}
+    "where": "where to listen", "who": "who may come in", "limits": "limits",
+    "heartbeat": "heartbeat and Socket.IO", "recovery": "recovery and scale-out",
+    "commands": "commands and models", "run": "running",
+}  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -3905,11 +3582,12 @@ def make_parser() -> argparse.ArgumentParser:
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"karna_ws: {message}\n")  # one line; the usage would be twenty more
+        def error(self, message: str) -> NoReturn:  # without the usage: one line
+            self.exit(2, f"karna_ws: {message}; --help shows the flags\n")
 
     parser = Parser(
         prog="karna_ws.py",
+        usage="karna_ws.py [FLAG ...]",
         description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
         epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "
         "lists are separated by commas there.",
@@ -3924,70 +3602,64 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: Any, option: Any) -> None:
-    name, default = option.name, option.default
-    flag = "--" + (option.metadata["flag"] or name.replace("_", "-"))
-    help = option.metadata["help"]
+    default, metadata = option.default, option.metadata
+    flag = "--" + (metadata["flag"] or option.name.removesuffix("_s").replace("_", "-"))
     given = _environment(flag)
+    metavar = metadata["metavar"] or option.name.upper()
+    more: dict[str, Any] = {"dest": option.name, "help": metadata["help"]}
     if isinstance(default, bool):
-        switch = default if given is None else _read_bool(flag, given)
-        group.add_argument(
-            "--no-" + flag[2:] if default else flag, dest=name, action="store_const",
-            const=not default, default=switch, help=help,
-        )  # fmt: skip
+        flag, variable = "--no-" + flag[2:] if default else flag, flag
+        more |= {"action": "store_const", "const": not default}
+        more["default"] = default if given is None else _read_bool(variable, given)
     elif isinstance(default, tuple):
-        parts = [part.strip() for part in (given or "").split(",") if part.strip()]
-        group.add_argument(
-            flag, dest=name, action="append", default=parts,
-            metavar=option.metadata["metavar"], help=help + " (repeatable)",
-        )  # fmt: skip
+        parts = [part.strip() for part in (given or "").split(",")]
+        more |= {"action": "append", "metavar": metavar, "default": [*filter(None, parts)]}
+        more["help"] += " (repeatable)"
     else:
-        read = _READERS_OF_TYPES.get(str(option.type), str)
-        shown = "" if default is None else " (default: %(default)s)"
-        group.add_argument(
-            flag, dest=name, type=read, default=default if given is None else given,
-            metavar=option.metadata["metavar"] or name.upper(), help=help + shown,
-        )  # fmt: skip
+        kind = {"int": int, "float": float, "float | None": float}.get(str(option.type), str)
+        more |= {"type": kind, "metavar": metavar, "default": default if given is None else given}
+        more["help"] += "" if default is None else " (default: %(default)s)"
+    group.add_argument(flag, **more)
 
 
-_READERS_OF_TYPES: dict[str, Callable[[str], Any]] = {
-    "int": int, "float": float, "float | None": float,
-}  # fmt: skip
+def _variable(flag: str) -> str:
+    return "KARNA_" + flag.removeprefix("--").replace("-", "_").upper()
 
 
 def _environment(flag: str) -> str | None:
-    return os.environ.get("KARNA_" + flag.lstrip("-").replace("-", "_").upper()) or None
+    return os.environ.get(_variable(flag)) or None
 
 
 def _read_bool(flag: str, text: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(f"KARNA_{flag[2:].replace('-', '_').upper()} must be 1 or 0, not {text!r}")
-    return words[text.lower()]
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise ValueError(f"{_variable(flag)} must be 1 or 0, not {text!r}")
 
 
 def _add_host_flags(groups: Mapping[str, Any]) -> None:
     """Flags of the program that are no options of `serve()`."""
-    group = groups["commands"]
     programs = _environment("--allow-program")
-    group.add_argument(
+    groups["commands"].add_argument(
         "--allow-program", action="append", metavar="NAME[=PATH]",
         default=programs.split(",") if programs else [],
         help="make a program of this machine a command (repeatable)",
     )  # fmt: skip
-    for kind in ("vision", "language"):
-        group.add_argument(
-            f"--{kind}-url", metavar="URL", default=_environment(f"--{kind}-url"),
-            help=f"OpenAI-compatible model server for {kind}, such as http://localhost:11434",
-        )  # fmt: skip
-        group.add_argument(
-            f"--{kind}-model", metavar="NAME", default=_environment(f"--{kind}-model"),
-            help="its model (default: the first it lists); "
-            f"its key comes from KARNA_{kind.upper()}_KEY",
-        )  # fmt: skip
+    model = "its model (default: the first it lists); its key comes from"
+    for flag, metavar, help in (
+        ("--vision-url", "URL", "OpenAI-compatible model server for vision, such as "
+         "http://localhost:11434"),
+        ("--vision-model", "NAME", f"{model} KARNA_VISION_KEY"),
+        ("--language-url", "URL", "the same for language"),
+        ("--language-model", "NAME", f"{model} KARNA_LANGUAGE_KEY"),
+    ):  # fmt: skip
+        default = _environment(flag)
+        groups["commands"].add_argument(flag, metavar=metavar, default=default, help=help)
     groups["run"].add_argument(
-        "--log-level", metavar="LEVEL", default=_environment("--log-level") or "info",
-        type=str.lower, choices=LOG_LEVELS,
-        help="debug, info, warning or error (default: info)",
+        "--log-level", metavar="LEVEL", type=str.lower,
+        default=_environment("--log-level") or "info",
+        help=f"{', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]} (default: info)",
     )  # fmt: skip
 
 
@@ -4019,24 +3691,21 @@ def describe_server(server: Server) -> str:
     """What a person reads at the start: the doors, who may come in, what to try."""
     config = server.config
     if config.unix is not None:
-        base, socket_base = f"unix:{config.unix}", f"unix:{config.unix}"
+        base = socket_base = f"unix:{config.unix}"
     else:
-        host = _shown_host(server.sockets[0])
+        place = f"{_shown_host(server.sockets[0])}:{server.port}"
         secure = "s" if config.certfile else ""
-        base = f"http{secure}://{host}:{server.port}"
-        socket_base = f"ws{secure}://{host}:{server.port}"
-    lines = [
-        f"Karna WS {__version__}",
-        f"  console    {base}/",
-        f"  raw        {socket_base}/ws",
-        f"  Socket.IO  {socket_base}/ws  (socket.io-client 3 or 4, transports: ['websocket'])",
-        f"  REST       {base}/api/status",
-        f"  JSON-RPC   {base}/rpc",
-        f"  metrics    {base}/metrics",
-        f"  open to    {_shown_access(config)}",
-        f"  try        {_shown_trial(config, base)}",
-    ]
-    return "\n".join(lines)
+        base, socket_base = f"http{secure}://{place}", f"ws{secure}://{place}"
+    return f"""\
+Karna WS {__version__}
+  console    {base}/
+  raw        {socket_base}/ws
+  Socket.IO  {socket_base}/ws  (socket.io-client 3 or 4, transports: ['websocket'])
+  REST       {base}/api/status
+  JSON-RPC   {base}/rpc
+  metrics    {base}/metrics
+  open to    {_shown_access(config)}
+  try        {_shown_trial(config, base)}"""
 
 
 def _shown_host(listening: socket.socket) -> str:
@@ -4054,8 +3723,7 @@ def _shown_access(config: Config) -> str:
     else:
         who = f"everyone who reaches {config.host or 'this machine'}"
     pages = f", and pages of {', '.join(config.allow_origin)}" if config.allow_origin else ""
-    token = "who know the token" if config.token else "without a token"
-    return f"{who}{pages}; {token}"
+    return f"{who}{pages}; {'who know the token' if config.token else 'without a token'}"
 
 
 def _shown_trial(config: Config, base: str) -> str:
@@ -4066,20 +3734,10 @@ def _shown_trial(config: Config, base: str) -> str:
     return f"curl{unix}{token}{body} {url}/api/execute_command"
 
 
-def say(text: str) -> None:
-    """Print for a person; a closed stdout must not end the server."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        pass  # nobody reads
-
-
-def complain(text: str) -> None:
-    """Tell a person why the server can't start; the exit code tells programs."""
-    try:
-        print(f"karna_ws: {text}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass  # nobody reads
+def say(text: str, stream: Any = None) -> None:
+    """Print for a person; a closed stdout or stderr must not end the server."""
+    with suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 def open_standard_files() -> None:
@@ -4099,9 +3757,7 @@ def set_up_logging(level: str) -> None:
     if level not in LOG_LEVELS:
         raise ValueError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {level!r}")
     logging.raiseExceptions = False
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s")
 
 
 async def run(manager: WebSocketManager, options: Mapping[str, Any]) -> None:
@@ -4141,7 +3797,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             last_resort.start()
         last_resort.cancel()
     except (StartError, ValueError) as error:
-        complain(str(error))
+        say(f"karna_ws: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

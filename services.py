@@ -15,17 +15,7 @@ Contents
     language      LanguageService: `interpret` and `ask`
     backplane     RedisBackplane: broadcasts shared with other processes
 
-A command is a function; its name, arguments and help come from its signature and docstring:
-
-    commands = CommandProcessor()
-
-    @commands.command
-    def greet(name: str, *, times: int = 1) -> str:
-        \"\"\"Greet somebody.\"\"\"
-        return ", ".join([f"hello {name}"] * times)
-
-    call = commands.prepare("greet Ada --times 2")     # raises UnknownCommand, UsageError
-    await commands.run(call, Context())                # "hello Ada, hello Ada"
+A command is a function; its name, arguments and help come from its signature and docstring.
 """
 
 from __future__ import annotations
@@ -34,10 +24,12 @@ import asyncio
 import base64
 import binascii
 import codecs
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
 import inspect
+import json
 import logging
 import math
 import os
@@ -54,8 +46,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 from typing import get_args, get_origin, overload
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from difflib import SequenceMatcher
@@ -174,6 +167,7 @@ def as_service_error(error: BaseException, who: str) -> ServiceError:
 # never takes the server down: it says so in its status and is tried again.
 
 State = Literal["starting", "running", "degraded", "failed", "stopped"]
+Action = Callable[[], Awaitable[None]]  # a service's start, stop or check
 
 
 def utc_now() -> str:
@@ -257,10 +251,11 @@ class Tasks:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
-        error = None if task.cancelled() else task.exception()
+        error = None if task.cancelled() else task.exception()  # looked at: asyncio is content
         if task in self._left:
             self._left.discard(task)
-            log.info("%s has ended after all%s", task.get_name(), error and f": {explain(error)}")
+            outcome = f": {one_line(explain(error))}" if error else ""
+            log.info("%s has ended after all%s", task.get_name(), outcome)
 
     async def end(self, *tasks: asyncio.Task[Any]) -> None:
         """Cancel tasks and wait a bounded time; one that ignores it is left behind, still owned."""
@@ -283,23 +278,14 @@ class Monitor:
     """Starts services, checks them every `interval_s`, and tries failing ones again.
 
     Nothing a service raises comes out of here, SystemExit included; each call of a service ends
-    after `timeout_s`. Delays after failures double from `retry_s` to `max_retry_s`, with jitter.
+    after `timeout_s`. Delays after failures double from RETRY_FIRST_S to RETRY_MAX_S, with jitter.
     """
 
     def __init__(
-        self,
-        services: Iterable[Service],
-        *,
-        interval_s: float = 5.0,
-        timeout_s: float = 5.0,
-        retry_s: float = RETRY_FIRST_S,
-        max_retry_s: float = RETRY_MAX_S,
+        self, services: Iterable[Service], *, interval_s: float = 5.0, timeout_s: float = 5.0
     ) -> None:
         self.services = list(services)
-        self.interval_s = interval_s
-        self.timeout_s = timeout_s
-        self.retry_s = retry_s
-        self.max_retry_s = max_retry_s
+        self.interval_s, self.timeout_s = interval_s, timeout_s
         self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
 
@@ -320,23 +306,19 @@ class Monitor:
             service.set_state("stopped", "" if error is None else explain(error))
 
     async def _watch_all(self) -> None:
-        await asyncio.gather(*(self._watch(service) for service in self.services))
+        await asyncio.gather(*map(self._watch, self.services))
 
     async def _watch(self, service: Service) -> None:
-        failures = 0
-        started = False
+        failures, started = 0, False
         while True:
-            if not started:
-                started = await self._step(service, service.start, "failed")
+            started = started or await self._step(service, service.start, "failed")
             healthy = started and await self._step(service, service.check, "degraded")
             if healthy and type(service).check is Service.check:
                 return  # nothing to check: from here on the service itself says how it is
             failures = 0 if healthy else failures + 1
             await asyncio.sleep(self._delay_s(failures))
 
-    async def _step(
-        self, service: Service, action: Callable[[], Awaitable[None]], otherwise: State
-    ) -> bool:
+    async def _step(self, service: Service, action: Action, otherwise: State) -> bool:
         """Do one start or check and set the state it shows; false when it failed."""
         times_set = service.times_set
         error = await self._attempt(service, action)
@@ -347,9 +329,7 @@ class Monitor:
             service.set_state("running", service.detail if service.state == "running" else "")
         return error is None
 
-    async def _attempt(
-        self, service: Service, action: Callable[[], Awaitable[None]]
-    ) -> BaseException | None:
+    async def _attempt(self, service: Service, action: Action) -> BaseException | None:
         """Call `action` for at most `timeout_s`; what it raised is the result."""
         task = self._tasks.spawn(_outcome(action), f"service {service.name} {action.__name__}")
         try:
@@ -365,11 +345,11 @@ class Monitor:
     def _delay_s(self, failures: int) -> float:
         if not failures:
             return self.interval_s
-        delay = min(self.retry_s * 2.0 ** min(failures - 1, 30), self.max_retry_s)
+        delay = min(RETRY_FIRST_S * 2.0 ** min(failures - 1, 30), RETRY_MAX_S)
         return delay * random.uniform(0.75, 1.25)  # jitter: nodes that failed together part
 
 
-async def _outcome(action: Callable[[], Awaitable[None]]) -> BaseException | None:
+async def _outcome(action: Action) -> BaseException | None:
     """Await `action` and return what it raised: a task that raises SystemExit ends the loop."""
     try:
         await action()
@@ -389,10 +369,10 @@ async def _outcome(action: Callable[[], Awaitable[None]]) -> BaseException | Non
 class Context:
     """What a command may ask for: its client, and a way to report progress.
 
-    A parameter annotated `Context` receives it; it is not part of the usage.
-    `send_progress` may return an awaitable, which is awaited: a client slow to read slows its
-    command. Once the command has ended, both ways of reporting raise CommandFailed, which ends a
-    handler that ignored its cancellation and a thread that cannot be cancelled at all.
+    A parameter annotated `Context` receives it; it is not part of the usage. `send_progress` may
+    return an awaitable: a client slow to read slows its command. Once the command has ended, both
+    ways of reporting raise CommandFailed, which ends a handler that ignored its cancellation and
+    a thread that cannot be cancelled at all.
     """
 
     __slots__ = ("_ended", "_loop", "_loop_thread", "_report", "_send", "client")
@@ -420,8 +400,6 @@ class Context:
 
     def report(self, value: Any) -> None:
         """Report from a plain `def` command, in its thread; blocks until the value is taken."""
-        from concurrent.futures import CancelledError
-
         if self._ended or self._loop is None:
             raise CommandFailed("the command has ended")
         if threading.get_ident() == self._loop_thread:
@@ -436,7 +414,7 @@ class Context:
             self._report.cancel()
         try:
             self._report.result()
-        except CancelledError:
+        except concurrent.futures.CancelledError:
             raise CommandFailed("the command has ended") from None
 
     def begin(self) -> None:
@@ -452,45 +430,32 @@ class Context:
 
 
 class Kind(NamedTuple):
-    """A type of argument: how to take it from a word and from a JSON value.
+    """A type of argument; `take` converts a word, and checks a JSON value.
 
-    Both raise ValueError with the words that follow the argument's name ("must be ...").
+    It raises ValueError with the words that follow the argument's name ("must be ...").
     """
 
     name: str
-    from_word: Callable[[str], Any]
-    from_json: Callable[[Any], Any]
+    take: Callable[[Any], Any]
     nullable: bool = False
     choices: tuple[Any, ...] = ()
 
-    def take(self, value: Any) -> Any:
-        return self.from_word(value) if isinstance(value, str) else self.from_json(value)
 
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _instance_of(kinds: tuple[type, ...], problem: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
+def _exactly(problem: str, *kinds: type) -> Callable[[Any], Any]:
+    def take(value: Any) -> Any:
         if type(value) not in kinds:  # exactly: bool is an int, and not meant here
             raise ValueError(problem)
         return value
 
-    return check
+    return take
 
 
-def _refuse(problem: str) -> Callable[[Any], Any]:
-    def refuse(value: Any) -> Any:
-        raise ValueError(problem)
-
-    return refuse
-
-
-def _whole_number(word: str) -> int:
-    if len(word) > MAX_NUMBER_DIGITS or not re.fullmatch("[+-]?[0-9]+", word):
+def _whole_number(value: Any) -> int:
+    if isinstance(value, str) and len(value) <= MAX_NUMBER_DIGITS:
+        value = int(value) if re.fullmatch("[+-]?[0-9]+", value) else value
+    if type(value) is not int:
         raise ValueError("must be a whole number")
-    return int(word)
+    return value
 
 
 def _finite(value: Any) -> float:
@@ -505,43 +470,42 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _yes_or_no(word: str) -> bool:
-    answer = {"true": True, "yes": True, "on": True, "1": True,
-              "false": False, "no": False, "off": False, "0": False}.get(word.lower())  # fmt: skip
-    if answer is None:
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True,
+          "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+
+
+def _yes_or_no(value: Any) -> bool:
+    answer = _BOOLS.get(value.lower()) if isinstance(value, str) else value
+    if type(answer) is not bool:
         raise ValueError("must be true or false")
     return answer
 
 
-_ANY = Kind("any", _same, _same, nullable=True)
+_ANY = Kind("any", lambda value: value, nullable=True)
 _KINDS: dict[Any, Kind] = {
     inspect.Parameter.empty: _ANY,
     Any: _ANY,
     object: _ANY,
-    str: Kind("str", _same, _refuse("must be a text")),
-    int: Kind("int", _whole_number, _instance_of((int,), "must be a whole number")),
-    float: Kind("float", _finite, _finite),
-    bool: Kind("bool", _yes_or_no, _instance_of((bool,), "must be true or false")),
-    bytes: Kind(
-        "bytes", _refuse("must be bytes"), _instance_of((bytes, bytearray), "must be bytes")
-    ),
-    list: Kind("list", _refuse("must be a list"), _instance_of((list,), "must be a list")),
-    dict: Kind("dict", _refuse("must be an object"), _instance_of((dict,), "must be an object")),
+    str: Kind("str", _exactly("must be a text", str)),
+    int: Kind("int", _whole_number),
+    float: Kind("float", _finite),
+    bool: Kind("bool", _yes_or_no),
+    bytes: Kind("bytes", _exactly("must be bytes", bytes, bytearray)),
+    list: Kind("list", _exactly("must be a list", list)),
+    dict: Kind("dict", _exactly("must be an object", dict)),
 }
 
 
 def kind_of(annotation: Any) -> Kind:
-    """The Kind of an annotation; TypeError when no command line could hold such a value."""
-    annotation = getattr(annotation, "__value__", annotation)  # `type X = ...` of Python 3.12
+    """The Kind of an annotation; TypeError when no command could be given such a value."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return kind_of(inner[0])
     if origin is Literal:
         return _kind_of_literal(inner)
     if origin in (Union, types.UnionType):
         return _kind_of_union(inner)
     if origin is list:
-        return _kind_of_list(kind_of(inner[0]))
+        item, take_list = kind_of(inner[0]), _KINDS[list].take
+        return Kind(f"list[{item.name}]", lambda value: list(map(item.take, take_list(value))))
     try:
         return _KINDS[origin or annotation]
     except (KeyError, TypeError):
@@ -552,30 +516,22 @@ def kind_of(annotation: Any) -> Kind:
 def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
     choices = tuple(value for value in values if value is not None)
     words = {str(c).lower() if isinstance(c, bool) else str(c): c for c in choices}
-    problem = f"must be one of {', '.join(words)}"
-    nullable = len(choices) < len(values)
 
-    def from_word(word: str) -> Any:
-        if word not in words:
-            raise ValueError(problem)
-        return words[word]
+    def take(value: Any) -> Any:
+        if any(type(value) is type(each) and value == each for each in values):  # 1 is not True
+            return value
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return words[value]
 
-    def from_json(value: Any) -> Any:
-        if value is None and nullable:
-            return None
-        for choice in choices:
-            if type(choice) is type(value) and choice == value:
-                return choice
-        raise ValueError(problem)
-
-    return Kind(type(choices[0]).__name__, from_word, from_json, nullable, choices)
+    return Kind(type(choices[0]).__name__, take, len(choices) < len(values), choices)
 
 
 def _kind_of_union(members: tuple[Any, ...]) -> Kind:
     kinds = [kind_of(member) for member in members if member is not type(None)]
     nullable = type(None) in members or any(kind.nullable for kind in kinds)
 
-    def first(value: Any) -> Any:
+    def take(value: Any) -> Any:
         if value is None and nullable:
             return None
         problems = []
@@ -587,17 +543,11 @@ def _kind_of_union(members: tuple[Any, ...]) -> Kind:
         raise ValueError(" or ".join(problems))
 
     choices = tuple(choice for kind in kinds for choice in kind.choices)
-    return Kind("|".join(kind.name for kind in kinds), first, first, nullable, choices)
-
-
-def _kind_of_list(item: Kind) -> Kind:
-    def from_json(value: Any) -> list[Any]:
-        return [item.take(each) for each in _KINDS[list].from_json(value)]
-
-    return Kind(f"list[{item.name}]", _refuse("must be a list"), from_json)
+    return Kind("|".join(kind.name for kind in kinds), take, nullable, choices)
 
 
 _REQUIRED: Any = inspect.Parameter.empty
+Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of a function
 
 
 @dataclass(frozen=True, slots=True)
@@ -612,9 +562,7 @@ class Parameter:
 
     @property
     def is_required(self) -> bool:
-        if self.is_repeated:
-            return not self.kind.nullable
-        return self.default is _REQUIRED
+        return not self.kind.nullable if self.is_repeated else self.default is _REQUIRED
 
     @property
     def is_flag(self) -> bool:
@@ -630,26 +578,17 @@ class Parameter:
         """As the usage line shows it: 'TEXT...', '[NAME]', '[--level info|warning]'."""
         text = "|".join(map(str, self.kind.choices)) or self.name.upper()
         if self.is_flag:
-            text = self._flag_usage()
+            off = "--no-" + self.label[2:]
+            text = {True: off, False: self.label}.get(self.default, f"{self.label}|{off}")
         elif self.is_option:
             text = f"{self.label} {text}"
         if not self.is_required:
             text = f"[{text}]"
         return text + "..." if self.is_repeated else text
 
-    def _flag_usage(self) -> str:
-        no = "--no-" + self.label[2:]
-        if self.is_required:
-            return f"{self.label}|{no}"
-        return no if self.default is True else self.label
-
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
-        shown: dict[str, Any] = {
-            "name": self.name,
-            "type": self.kind.name,
-            "required": self.is_required,
-        }
+        shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
         if isinstance(self.default, str | int | float | None):
             shown["default"] = self.default
         if self.kind.choices:
@@ -669,9 +608,8 @@ class Parameter:
             raise ValueError(f"{self.label} {problem}, not {shown}") from None
 
 
-_COMMON_STEMS = frozenset(
-    ("the", "and", "for", "with", "that", "this", "what", "are", "you", "can", "from", "into")
-)
+_COMMON_STEMS = {"the", "and", "for", "with", "that", "this", "what", "are", "you", "can", "from",
+                 "into"}  # fmt: skip
 
 
 def _stems(text: str) -> set[str]:
@@ -685,7 +623,8 @@ class Command:
     Positional parameters become words, keyword-only ones options (`--name VALUE`, `--name=VALUE`,
     `--flag`, `--no-flag`), and `*words` takes one word or more; none will do when its type allows
     None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
-    `params` instead. `inline` marks a plain function that never blocks and runs on the loop.
+    `params` instead. `inline` marks a plain function that never blocks and runs on the loop;
+    functions with `yield` are `async def`.
     Raises TypeError or ValueError, at registration, for what no command line could call.
     """
 
@@ -710,79 +649,89 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = _stems(self.help)
         self.inline = inline
-        self.runs = _way_to_run(function, inline, self.name)
+        self.runs = self._way_to_run()
         self._read_signature()
-        self.arguments = [each.describe() for each in self._parameters]
-        self.usage = " ".join([self.name, *(each.usage for each in self._parameters)])
+        self.arguments = [each.describe() for each in self._by_name.values()]
+        self.usage = " ".join([self.name, *(each.usage for each in self._by_name.values())])
         if self._extra is not None:
             self.usage += " [--NAME VALUE]..."
+
+    def _way_to_run(self) -> str:
+        """How the function is called: 'stream', 'async', 'inline' or 'thread'."""
+        forms = (self.function, getattr(self.function, "__call__", None))  # noqa: B004
+        if any(map(inspect.isgeneratorfunction, forms)):
+            raise TypeError(f"command {self.name}: make it `async def`, for its yields to report")
+        is_stream = any(map(inspect.isasyncgenfunction, forms))
+        is_async = any(map(inspect.iscoroutinefunction, forms))
+        if self.inline and (is_stream or is_async):
+            raise TypeError(f"command {self.name}: inline is for plain functions")
+        if is_stream or is_async:
+            return "stream" if is_stream else "async"
+        return "inline" if self.inline else "thread"
 
     def _read_signature(self) -> None:
         try:
             signature = inspect.signature(self.function, eval_str=True)
         except NameError as error:
             raise TypeError(f"command {self.name}: unknown annotation: {error}") from None
-        self._parameters: list[Parameter] = []
-        self._positional: list[Parameter | None] = []  # None is the place of the Context
+        self._by_name: dict[str, Parameter] = {}
+        self._words: list[Parameter] = []
         self._repeated: Parameter | None = None
-        self._extra: Parameter | None = None
+        self._extra: Parameter | None = None  # what **kwargs takes
         self.context_at: int | None = None
         self.context_name: str | None = None
         for declared in signature.parameters.values():
-            self._read_parameter(declared)
-        # Positional arguments first, as people write them; keeps the declared order of each.
-        self._parameters.sort(key=lambda parameter: parameter.is_option)
-        self._by_name = {parameter.name: parameter for parameter in self._parameters}
-        self._has_options = bool(self._extra) or any(p.is_option for p in self._parameters)
-        self._needed_options = [p for p in self._parameters if p.is_option and p.is_required]
-        self._compile_shortcuts()
-
-    def _read_parameter(self, declared: inspect.Parameter) -> None:
-        if Context in (declared.annotation, *get_args(declared.annotation)):
-            return self._read_context(declared)
-        try:
-            kind = kind_of(declared.annotation)
-        except TypeError as error:
-            raise TypeError(f"command {self.name}, parameter {declared.name}: {error}") from None
-        parameter = Parameter(
-            declared.name,
-            kind,
-            declared.default,
-            is_option=declared.kind is declared.KEYWORD_ONLY,
-            is_repeated=declared.kind is declared.VAR_POSITIONAL,
-        )
-        if declared.kind is declared.VAR_KEYWORD:
-            self._extra = parameter
-            return None
-        self._parameters.append(parameter)
-        if parameter.is_repeated:
-            self._repeated = parameter
-        elif not parameter.is_option:
-            self._positional.append(parameter)
-        return None
+            if Context in (declared.annotation, *get_args(declared.annotation)):
+                self._read_context(declared)
+            else:
+                self._read_parameter(declared)
+        options = [each for each in self._by_name.values() if each.is_option]
+        flags = [each for each in options if each.is_flag]
+        self._flags = {"no_" + each.name: (each, False) for each in flags}
+        self._flags |= {each.name: (each, True) for each in flags}
+        self._has_options = bool(options) or self._extra is not None
+        self._required = [each for each in self._by_name.values() if each.is_required]
+        # The two commonest shapes are bound without a loop: only words, and nothing at all.
+        any_words = self._repeated is not None and self._repeated.kind in (_KINDS[str], _ANY)
+        self._only_words = any_words and not self._words and not self._has_options
+        self._bare = None if self._required else self._arrange({})[0]
 
     def _read_context(self, declared: inspect.Parameter) -> None:
         if self.inline:
             raise TypeError(f"command {self.name}: an inline command has no Context")
         self.context_name = declared.name
         if declared.kind is not declared.KEYWORD_ONLY:
-            self.context_at = len(self._positional)
-            self._positional.append(None)
+            self.context_at = len(self._words)
 
-    def _compile_shortcuts(self) -> None:
-        """The two commonest shapes are bound without a loop: only words, and nothing at all."""
-        words = self._repeated is not None and self._repeated.kind in (_KINDS[str], _ANY)
-        self._only_words = words and not self._positional and not self._has_options
-        self._bare: list[Any] | None = None
-        with contextlib.suppress(ValueError):
-            self._bare = self._arrange({})[0]
+    def _read_parameter(self, declared: inspect.Parameter) -> None:
+        try:
+            kind = kind_of(declared.annotation)
+        except TypeError as error:
+            raise TypeError(f"command {self.name}, parameter {declared.name}: {error}") from None
+        is_option = declared.kind is declared.KEYWORD_ONLY
+        is_repeated = declared.kind is declared.VAR_POSITIONAL
+        parameter = Parameter(declared.name, kind, declared.default, is_option, is_repeated)
+        if declared.kind is declared.VAR_KEYWORD:
+            self._extra = parameter
+            return
+        self._by_name[parameter.name] = parameter
+        if parameter.is_repeated:
+            self._repeated = parameter
+        elif not parameter.is_option:
+            self._words.append(parameter)
 
-    def bind(
-        self, words: Sequence[str], params: Mapping[str, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
+    def describe(self) -> dict[str, Any]:
+        """As `help` lists it."""
+        return {"name": self.name, "usage": self.usage, "summary": self.summary,
+                "aliases": list(self.aliases), "arguments": self.arguments}  # fmt: skip
+
+    def usage_error(self, problem: str) -> UsageError:
+        return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
+
+    def bind(self, words: Sequence[str], params: Mapping[str, Any]) -> Bound:
         """Convert words and named parameters to the function's arguments; raises UsageError.
 
-        The Context's place is left open: `run` fills it.
+        The Context is not among them: `run` puts it in.
         """
         if not params:
             if words:
@@ -799,9 +748,6 @@ class Command:
         except ValueError as problem:
             raise self.usage_error(str(problem)) from None
 
-    def usage_error(self, problem: str) -> UsageError:
-        return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
-
     def _take_options(self, words: Sequence[str], given: dict[str, Any]) -> list[str]:
         """Take `--name VALUE` and its like out of the words, up to a `--`."""
         rest: list[str] = []
@@ -816,28 +762,23 @@ class Command:
         return rest
 
     def _take_option(self, word: str, left: Iterator[str], given: dict[str, Any]) -> None:
-        label, equals, value = word.partition("=")
+        label, equals, text = word.partition("=")
         name = label[2:].replace("-", "_")
-        parameter = self._by_name.get(name)
-        if parameter is not None and parameter.is_flag and not equals:
-            return self._give(parameter, True, given)
-        negated = self._by_name.get(name.removeprefix("no_"))
-        if parameter is None and negated is not None and negated.is_flag and not equals:
-            return self._give(negated, False, given)
-        if parameter is None or not parameter.is_option:
-            parameter = self._extra_named(name, f"unknown option {label[:40]!r}")
-        if not equals:
-            try:
-                value = next(left)
-            except StopIteration:
-                raise ValueError(f"{label[:40]} needs a value") from None
-        return self._give(parameter, value, given)
+        if name in self._flags and not equals:
+            parameter, value = self._flags[name]
+            return self._give(parameter, value, given)
+        option = self._by_name.get(name)
+        if option is None or not option.is_option:
+            option = self._extra_named(name, f"unknown option {label[:40]!r}")
+        follows = text if equals else next(left, None)
+        if follows is None:
+            raise ValueError(f"{label[:40]} needs a value")
+        return self._give(option, follows, given)
 
     def _take_words(self, words: Sequence[str], given: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in self._positional if parameter is not None]
-        for parameter, word in zip(parameters, words, strict=False):
+        for parameter, word in zip(self._words, words, strict=False):
             given[parameter.name] = parameter.take(word)
-        further = words[len(parameters) :]
+        further = words[len(self._words) :]
         if further and self._repeated is None:
             raise ValueError(f"too many arguments, from {further[0][:40]!r} on")
         if further and self._repeated is not None:
@@ -859,62 +800,35 @@ class Command:
     def _give(self, parameter: Parameter, value: Any, given: dict[str, Any]) -> None:
         if parameter.name in given:
             raise ValueError(f"{parameter.label} is given twice")
-        if parameter.is_repeated:
+        if not parameter.is_repeated:
+            given[parameter.name] = parameter.take(value)
+        elif value != []:
             values = value if isinstance(value, list) else [value]
             given[parameter.name] = [parameter.take(each) for each in values]
-        else:
-            given[parameter.name] = parameter.take(value)
 
-    def _arrange(self, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def _arrange(self, given: dict[str, Any]) -> Bound:
         """Put what was given into the order of the signature; ValueError for what is missing."""
-        args: list[Any] = []
-        for parameter in self._positional:
-            args.append(None if parameter is None else _value_or_default(parameter, given))
-        if self._repeated is not None:
-            more = given.pop(self._repeated.name, ())
-            if not more and self._repeated.is_required:
-                raise ValueError(f"{self._repeated.label} is missing")
-            args.extend(more)
-        for parameter in self._needed_options:
+        for parameter in self._required:
             if parameter.name not in given:
                 raise ValueError(f"{parameter.label} is missing")
+        args = [given.pop(each.name, each.default) for each in self._words]
+        if self._repeated is not None:
+            args += given.pop(self._repeated.name, ())
         return args, given  # what is left are options
 
 
-def _value_or_default(parameter: Parameter, given: dict[str, Any]) -> Any:
-    value = given.pop(parameter.name, parameter.default)
-    if value is _REQUIRED:
-        raise ValueError(f"{parameter.label} is missing")
-    return value
-
-
-def _way_to_run(function: Callable[..., Any], inline: bool, name: str) -> str:
-    """How a function is called: 'stream', 'async', 'inline' or 'thread'."""
-    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
-    for each in (function, target):
-        way = "stream" if inspect.isasyncgenfunction(each) else ""
-        way = way or ("async" if inspect.iscoroutinefunction(each) else "")
-        if way and inline:
-            raise TypeError(f"command {name}: inline is for plain functions")
-        if way:
-            return way
-    return "inline" if inline else "thread"
-
-
+@dataclass(slots=True, eq=False)
 class Call:
     """A command with its arguments, ready to run once."""
 
-    __slots__ = ("args", "command", "kwargs")
-
-    def __init__(self, command: Command, args: list[Any], kwargs: dict[str, Any]) -> None:
-        self.command = command
-        self.args = args
-        self.kwargs = kwargs
+    command: Command
+    args: list[Any]
+    kwargs: dict[str, Any]
 
 
 _PIECE = re.compile(
     r"""(?P<blank>[ \t\r\n]+) | (?P<plain>[^ \t\r\n"'\\]+) | '(?P<single>[^']*)'
-    | "(?P<double>[^"\\]*(?:\\.[^"\\]*)*)" | \\(?P<escaped>.)""",
+    | "(?P<double>(?:[^"\\]|\\.)*+)" | \\(?P<escaped>.) | (?P<stray>.)""",
     re.VERBOSE | re.DOTALL,
 )
 
@@ -922,34 +836,25 @@ _PIECE = re.compile(
 def split_words(line: str) -> list[str]:
     """Split a command line as a POSIX shell would: quotes and backslashes, nothing else.
 
-    Gives what shlex.split gives, in linear time with a small constant: a line may be 1 MiB long.
+    Gives what shlex.split gives, but in microseconds a word: a line may be 1 MiB long.
     Raises UsageError for a quote that is not closed.
     """
-    words: list[str] = []
-    word: list[str] | None = None  # '' is a word, nothing is not
-    at = 0
-    while at < len(line):
-        piece = _PIECE.match(line, at)
-        if piece is None:
-            what = "nothing to escape" if line[at] == "\\" else "no closing quote"
-            raise UsageError(f"the command line has {what} after {line[at]} at character {at + 1}")
-        at = piece.end()
-        if piece.lastgroup == "blank":
-            if word is not None:
-                words.append("".join(word))
-            word = None
-            continue
-        text: str = piece[piece.lastgroup or 0]
-        if piece.lastgroup == "double":
-            # Within double quotes a backslash escapes itself and the quote, nothing else.
-            text = "\\".join(part.replace('\\"', '"') for part in text.split("\\\\"))
-        word = [] if word is None else word
-        word.append(text)
-    return words if word is None else [*words, "".join(word)]
-
-
-def _words_of(text: str) -> list[str]:
-    return re.findall(r"\w+", text[:MAX_INTERPRET_CHARS].lower())[:MAX_INTERPRET_WORDS]
+    words: list[list[str]] = []  # each of its pieces: '' is a word, nothing is not
+    is_between = True
+    for piece in _PIECE.finditer(line):
+        kind, text = piece.lastgroup, piece[piece.lastindex or 0]
+        if kind == "stray":
+            what = "nothing to escape" if text == "\\" else "no closing quote"
+            where = f"after {text}, character {piece.start() + 1}"
+            raise UsageError(f"the command line has {what} {where}")
+        if kind == "double":  # here a backslash escapes itself and the quote, nothing else
+            text = re.sub(r'\\(["\\])', r"\1", text)
+        if kind != "blank":
+            if is_between:
+                words.append([])
+            words[-1].append(text)
+        is_between = kind == "blank"
+    return ["".join(pieces) for pieces in words]
 
 
 def rank(text: str, commands: Iterable[Command]) -> list[tuple[float, Command]]:
@@ -960,9 +865,10 @@ def rank(text: str, commands: Iterable[Command]) -> list[tuple[float, Command]]:
     """
     from difflib import SequenceMatcher
 
-    words, stems = _words_of(text), _stems(text[:MAX_INTERPRET_CHARS])
-    ranked = []
+    text = text[:MAX_INTERPRET_CHARS].lower()
+    words, stems = re.findall(r"\w+", text)[:MAX_INTERPRET_WORDS], _stems(text)
     matchers = [SequenceMatcher(b=word, autojunk=False) for word in dict.fromkeys(words)]
+    ranked = []
     for command in commands:
         name = max((_likeness(m, n.lower()) for m in matchers for n in command.names), default=0.0)
         told = len(stems & command.stems) / len(stems) if stems else 0.0
@@ -981,29 +887,6 @@ def _likeness(matcher: SequenceMatcher[str], name: str) -> float:
     return ratio if ratio >= 0.7 else 0.0
 
 
-class _Job:
-    __slots__ = ("error", "future", "loop", "value", "work")
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
-        self.work = work
-        self.value: Any = None
-        self.error: ServiceError | None = None
-
-    def run(self) -> None:
-        try:
-            self.value = self.work()
-        except BaseException as error:  # SystemExit too: it must end neither thread nor process
-            self.error = as_service_error(error, "a thread's command")
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            self.loop.call_soon_threadsafe(self._hand_back)
-
-    def _hand_back(self) -> None:
-        if not self.future.done():  # cancelled: nobody waits
-            self.future.set_result(None)
-
-
 class ThreadPool:
     """At most `max_threads` daemon threads, started on demand and used again.
 
@@ -1014,10 +897,9 @@ class ThreadPool:
     def __init__(self, max_threads: int, name: str) -> None:
         self.max_threads = max_threads
         self._name = name
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
         self._news = threading.Condition()
-        self._threads = 0
-        self._idle = 0
+        self._threads = self._idle = 0
         self._closed = False
 
     async def call(self, work: Callable[[], Value]) -> Value:
@@ -1026,52 +908,50 @@ class ThreadPool:
         When the caller is cancelled, work that has not begun never begins; work that has keeps
         its thread, and its place among `max_threads`, until it ends by itself.
         """
-        job = _Job(functools.partial(contextvars.copy_context().run, work))
-        self._submit(job)
+        future: concurrent.futures.Future[Value] = concurrent.futures.Future()
+        job = future, functools.partial(contextvars.copy_context().run, work)
+        with self._news:
+            if self._closed:
+                raise Unavailable("the server is stopping")
+            if self._idle <= len(self._jobs) and self._threads < self.max_threads:
+                self._start_thread()
+            self._jobs.append(job)
+            self._news.notify()
         try:
-            await job.future
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             with self._news, contextlib.suppress(ValueError):
                 self._jobs.remove(job)
             raise
-        if job.error is not None:
-            raise job.error
-        value: Value = job.value
-        return value
 
-    def _submit(self, job: _Job) -> None:
-        with self._news:
-            if self._closed:
-                raise Unavailable("the server is stopping")
-            self._jobs.append(job)
-            if self._idle >= len(self._jobs):
-                self._news.notify()
-            elif self._threads < self.max_threads:
-                self._start_thread(job)
-
-    def _start_thread(self, job: _Job) -> None:
+    def _start_thread(self) -> None:
         name = f"{self._name}-{self._threads + 1}"
         try:
             threading.Thread(target=self._work, name=name, daemon=True).start()
         except RuntimeError:  # the system has no more of them
-            self._jobs.remove(job)
             raise Unavailable("no thread can be started") from None
         self._threads += 1
 
     def _work(self) -> None:
-        while (job := self._next_job()) is not None:
-            job.run()
-            del job  # keeps no client's data while it waits
+        while self._next_job_done():
+            pass
 
-    def _next_job(self) -> _Job | None:
+    def _next_job_done(self) -> bool:
+        """Do one job; false when there is none for long, which ends the thread."""
         with self._news:
             self._idle += 1
             self._news.wait_for(lambda: self._jobs or self._closed, timeout=IDLE_THREAD_S)
             self._idle -= 1
-            if self._jobs and not self._closed:
-                return self._jobs.popleft()
-            self._threads -= 1
-            return None
+            if not self._jobs or self._closed:
+                self._threads -= 1
+                return False
+            future, work = self._jobs.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except BaseException as error:  # SystemExit too: it ends neither thread nor process
+                future.set_exception(as_service_error(error, "a thread's command"))
+        return True
 
     def open(self) -> None:
         self._closed = False
@@ -1097,9 +977,7 @@ class CommandProcessor(Service):
         super().__init__("command")
         self.commands: dict[str, Command] = {}  # by name and by alias
         self.timeout_s = timeout_s
-        self.running = 0
-        self.done = 0
-        self.failed = 0
+        self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
         self._tasks = Tasks()
         self._prepared: dict[str, Call] = {}  # recent lines of inline commands
@@ -1116,27 +994,17 @@ class CommandProcessor(Service):
         self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False
     ) -> Callable[[Function], Function]: ...
 
-    def command(
-        self,
-        function: Callable[..., Any] | None = None,
-        *,
-        name: str | None = None,
-        aliases: Sequence[str] = (),
-        inline: bool = False,
-    ) -> Any:
+    def command(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Decorator, with or without parentheses, that makes a function a command."""
 
         def register(function: Function) -> Function:
-            self.add(Command(function, name=name, aliases=aliases, inline=inline))
+            self.add(Command(function, **options))
             return function
 
         return register if function is None else register(function)
 
     def add(self, command: Command) -> None:
-        """Register a command; ValueError when its name or an alias is taken by another.
-
-        A built-in command gives way.
-        """
+        """Register a command; ValueError when one of its names is taken. Built-ins give way."""
         for name in command.names:
             if name in self.commands and name not in self._replaceable:
                 raise ValueError(f"there is a command {name!r} already")
@@ -1211,12 +1079,11 @@ class CommandProcessor(Service):
         task = self._tasks.spawn(self._perform(call, context), f"command {call.command.name}")
         try:
             value = await self._outcome(task, call.command)
+            self.done += 1
+            return value
         except BaseException:
             self.failed += 1
             raise
-        else:
-            self.done += 1
-            return value
         finally:
             context.end()
             self.running -= 1
@@ -1243,16 +1110,14 @@ class CommandProcessor(Service):
     async def _perform(self, call: Call, context: Context) -> Any:
         command = call.command
         if command.context_at is not None:
-            call.args[command.context_at] = context
+            call.args.insert(command.context_at, context)
         elif command.context_name is not None:
             call.kwargs[command.context_name] = context
         try:
             if command.runs == "stream":
                 return await _last_value(command.function(*call.args, **call.kwargs), context)
-            if command.runs == "thread":
-                value = await self._threads.call(lambda: _call_blocking(call, context))
-            else:
-                value = command.function(*call.args, **call.kwargs)
+            function = functools.partial(command.function, *call.args, **call.kwargs)
+            value = await self._threads.call(function) if command.runs == "thread" else function()
             return await value if inspect.isawaitable(value) else value
         except (SystemExit, KeyboardInterrupt) as error:  # a task that raises them ends the loop
             raise as_service_error(error, command.name) from None
@@ -1269,13 +1134,8 @@ class CommandProcessor(Service):
 
     def get_status(self) -> dict[str, Any]:
         """Adds "running", "done" and "failed", counts of calls, and "commands", of commands."""
-        return {
-            **super().get_status(),
-            "running": self.running,
-            "done": self.done,
-            "failed": self.failed,
-            "commands": sum(name == each.name for name, each in self.commands.items()),
-        }
+        counts = {"running": self.running, "done": self.done, "failed": self.failed}
+        return super().get_status() | counts | {"commands": len(set(self.commands.values()))}
 
     def allow_program(self, name: str, path: str | None = None) -> None:
         """Make a program of this machine a command; ValueError when there is no such program."""
@@ -1297,28 +1157,16 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
     return value
 
 
-def _call_blocking(call: Call, context: Context) -> Any:
-    """Run a plain function in a thread; of a generator each value is reported as progress."""
-    value = call.command.function(*call.args, **call.kwargs)
-    if not inspect.isgenerator(value):
-        return value
-    last = None
-    with contextlib.closing(value):
-        for last in value:
-            context.report(last)
-    return last
-
-
 def _add_builtins(commands: CommandProcessor) -> None:
     @commands.command(name="help", inline=True)
     def help_(command: str | None = None) -> dict[str, Any]:
         """List the commands, or tell all about one."""
         if command is None:
-            return {"commands": [_summary_of(each) for each in commands.distinct()]}
+            return {"commands": [each.describe() for each in commands.distinct()]}
         found = commands.commands.get(command)
         if found is None:
             raise commands._unknown(command)
-        return {**_summary_of(found), "help": found.help}
+        return {**found.describe(), "help": found.help}
 
     @commands.command(inline=True)
     def echo(*text: str) -> str:
@@ -1334,10 +1182,9 @@ def _add_builtins(commands: CommandProcessor) -> None:
     async def countdown(seconds: float) -> AsyncIterator[dict[str, Any]]:
         """Count seconds down and report progress; something to cancel."""
         if not 0 <= seconds <= MAX_COUNTDOWN_S:
-            problem = f"SECONDS must be 0 to {MAX_COUNTDOWN_S:g}"
-            raise commands.commands["countdown"].usage_error(problem)
-        end = time.monotonic() + seconds
-        remaining = seconds
+            command = commands.commands["countdown"]
+            raise command.usage_error(f"SECONDS must be 0 to {MAX_COUNTDOWN_S:g}")
+        end, remaining = time.monotonic() + seconds, seconds
         while remaining > 0:
             percent = round(100 * (1 - remaining / seconds), 1)
             yield {"remaining": _short(remaining), "percent": _short(percent)}
@@ -1349,17 +1196,7 @@ def _add_builtins(commands: CommandProcessor) -> None:
 def _short(number: float) -> float:
     """3 for 3.0 and 0.3 for 0.30000000000000004."""
     number = round(number, 3)
-    return int(number) if number == int(number) else number
-
-
-def _summary_of(command: Command) -> dict[str, Any]:
-    return {
-        "name": command.name,
-        "usage": command.usage,
-        "summary": command.summary,
-        "aliases": list(command.aliases),
-        "arguments": command.arguments,
-    }
+    return int(number) if number.is_integer() else number
 
 
 # ---- programs --------------------------------------------------------------------------------
@@ -1371,11 +1208,10 @@ def _program_command(name: str, path: str) -> Command:
     async def program(context: Context, *argument: str | None) -> dict[str, Any]:
         return await run_program(path, [str(each) for each in argument], context)
 
-    program.__doc__ = (
-        f"Run the program {name} of the server's machine.\n\n"
-        "Its lines are reported as they come. The result has its exit code and its output, of\n"
-        f"which the last {MAX_OUTPUT_CHARS // 1024} Ki characters are kept."
-    )
+    program.__doc__ = f"""Run the program {name} of the server's machine.
+
+        Its lines are reported as they come. The result has its exit code and its output, of which
+        the last {MAX_OUTPUT_CHARS // 1024} Ki characters are kept."""
     return Command(program, name=name)
 
 
@@ -1386,14 +1222,12 @@ async def run_program(path: str, arguments: Sequence[str], context: Context) -> 
     code is negative). When this coroutine is cancelled the whole process group is ended.
     Raises UsageError for arguments no program can take, Unavailable when it cannot be started.
     """
+    loop, devnull = asyncio.get_running_loop(), asyncio.subprocess.DEVNULL
+    # Without our secrets: the token and all that is called a key.
+    kept = {k: v for k, v in os.environ.items() if k != "KARNA_TOKEN" and not k.endswith("_KEY")}
     try:
-        transport, watch = await asyncio.get_running_loop().subprocess_exec(
-            ProgramWatch,
-            path,
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-            env=_program_environment(),
+        transport, watch = await loop.subprocess_exec(
+            ProgramWatch, path, *arguments, stdin=devnull, env=kept, start_new_session=True
         )
     except ValueError as error:  # a NUL, a lone surrogate
         raise UsageError(f"an argument cannot be passed to a program: {error}") from None
@@ -1409,16 +1243,12 @@ async def run_program(path: str, arguments: Sequence[str], context: Context) -> 
             await context.progress({"stream": stream, "line": line})
     finally:
         await _end_program(transport, watch)
-    return output.result(transport.get_returncode() or 0)
-
-
-def _program_environment() -> dict[str, str]:
-    """Our environment without our secrets: the token and all that is called a key."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name != "KARNA_TOKEN" and not name.endswith("_KEY")
-    }
+    exit_code = transport.get_returncode() or 0
+    result = {"exit_code": exit_code, "output": output.kept, "truncated": output.is_truncated}
+    if exit_code < 0:
+        known = {each.value: each.name for each in signal.Signals}
+        result["signal"] = known.get(-exit_code, f"signal {-exit_code}")
+    return result
 
 
 class ProgramWatch(asyncio.SubprocessProtocol):
@@ -1433,10 +1263,8 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         self._chunks: deque[tuple[int, bytes]] = deque()
         self._unread = 0
         self._open = {1, 2}
-        self._paused = False
-        self._discards = False
+        self._is_paused = self._discards = self._has_exited = False
         self._news = asyncio.Event()
-        self.has_exited = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -1446,8 +1274,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
             return
         self._chunks.append((fd, data))
         self._unread += len(data)
-        if self._unread > MAX_UNREAD_BYTES and not self._paused:
-            self._pause(True)
+        self._pause(self._unread > MAX_UNREAD_BYTES)
         self._news.set()
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
@@ -1455,28 +1282,26 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         self._news.set()
 
     def process_exited(self) -> None:
-        self.has_exited = True
+        self._has_exited = True
         self._news.set()
 
     def _pause(self, paused: bool) -> None:
-        self._paused = paused
+        if paused == self._is_paused:
+            return
+        self._is_paused = paused
         for fd in self._open:
             pipe = self._transport.get_pipe_transport(fd)
-            if paused:
-                pipe.pause_reading()
-            else:
-                pipe.resume_reading()
+            pipe.pause_reading() if paused else pipe.resume_reading()
 
     def discard(self) -> None:
         """Read on to the end of the pipes, but keep nothing."""
         self._discards = True
         self._chunks.clear()
-        if self._paused:
-            self._pause(False)
+        self._pause(False)
 
     @property
     def is_over(self) -> bool:
-        return self.has_exited and not self._open
+        return self._has_exited and not self._open
 
     async def chunks(self) -> AsyncIterator[tuple[str, bytes]]:
         """("stdout" or "stderr", bytes) in order of arrival, until the program has ended.
@@ -1489,12 +1314,10 @@ class ProgramWatch(asyncio.SubprocessProtocol):
                 fd, data = self._chunks.popleft()
                 self._unread -= len(data)
                 yield ("stdout" if fd == 1 else "stderr"), data
-            if self._paused:
-                self._pause(False)
+            self._pause(False)
             if self.is_over or patience <= 0:
                 return
-            began = time.monotonic()
-            has_exited = self.has_exited
+            began, has_exited = time.monotonic(), self._has_exited
             await self.wait(patience if has_exited else None)
             if has_exited:
                 patience -= time.monotonic() - began
@@ -1503,7 +1326,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         """Wait for news of any kind."""
         self._news.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s):  # Python 3.11's wait_for can lose a cancellation
                 await self._news.wait()
 
 
@@ -1514,60 +1337,32 @@ class ProgramOutput:
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoders = {"stdout": decoder("replace"), "stderr": decoder("replace")}
         self._rest = {"stdout": "", "stderr": ""}
-        self._kept: list[str] = []
-        self._kept_chars = 0
-        self._truncated = False
+        self.kept = ""
+        self.is_truncated = False
 
     def add(self, stream: str, data: bytes, final: bool = False) -> list[str]:
         """The lines that `data` completes; a line longer than MAX_LINE_CHARS is split."""
         text = self._rest[stream] + self._decoders[stream].decode(data, final)
-        *whole, rest = text.split("\n")
-        for line in whole:
-            self._keep(line + "\n")
-        lines = [part for line in whole for part in _parts(line.removesuffix("\r")) or [""]]
-        while len(rest) > MAX_LINE_CHARS:
-            self._keep(rest[:MAX_LINE_CHARS])
-            lines.append(rest[:MAX_LINE_CHARS])
-            rest = rest[MAX_LINE_CHARS:]
+        *lines, rest = text.split("\n")
+        parts = [part for line in lines for part in _cut(line.removesuffix("\r"))]
+        *more, rest = _cut(rest)
+        if final and rest:
+            more, rest = [*more, rest], ""
+        self._keep(text[: len(text) - len(rest)])
         self._rest[stream] = rest
-        return lines
+        return parts + more
 
-    def rest(self) -> Iterator[tuple[str, str]]:
+    def rest(self) -> list[tuple[str, str]]:
         """The last lines, which no newline ended."""
-        for stream in ("stdout", "stderr"):
-            for line in self.add(stream, b"", final=True):
-                yield stream, line
-            line = self._rest[stream]
-            if line:
-                self._keep(line)
-                yield stream, line
+        return [(stream, line) for stream in self._rest for line in self.add(stream, b"", True)]
 
     def _keep(self, text: str) -> None:
-        self._kept.append(text)
-        self._kept_chars += len(text)
-        if self._kept_chars > 2 * MAX_OUTPUT_CHARS or len(self._kept) > 4_096:
-            self._shorten()
-
-    def _shorten(self) -> str:
-        text = "".join(self._kept)
-        self._truncated = self._truncated or len(text) > MAX_OUTPUT_CHARS
-        self._kept = [text[-MAX_OUTPUT_CHARS:]]
-        self._kept_chars = len(self._kept[0])
-        return self._kept[0]
-
-    def result(self, exit_code: int) -> dict[str, Any]:
-        output = self._shorten()
-        result = {"exit_code": exit_code, "output": output, "truncated": self._truncated}
-        if exit_code < 0:
-            try:
-                result["signal"] = signal.Signals(-exit_code).name
-            except ValueError:
-                result["signal"] = f"signal {-exit_code}"
-        return result
+        self.is_truncated = self.is_truncated or len(self.kept) + len(text) > MAX_OUTPUT_CHARS
+        self.kept = (self.kept + text)[-MAX_OUTPUT_CHARS:]
 
 
-def _parts(line: str) -> list[str]:
-    return [line[at : at + MAX_LINE_CHARS] for at in range(0, len(line), MAX_LINE_CHARS)]
+def _cut(line: str) -> list[str]:
+    return [line[at : at + MAX_LINE_CHARS] for at in range(0, len(line), MAX_LINE_CHARS)] or [""]
 
 
 async def _end_program(transport: asyncio.SubprocessTransport, watch: ProgramWatch) -> None:
@@ -1600,55 +1395,47 @@ def _signal_group(transport: asyncio.SubprocessTransport, name: str) -> None:
 # client (TLS and chunks come with it) talks in a thread, which ends when its socket is shut down.
 # No redirect is followed and no proxy is used. Whatever an endpoint does wrong is Unavailable.
 
+Report = Callable[[Any], None]  # of one token, called in a thread
+
 
 class Exchange:
     """One request to a model server, made in a thread; `close` from the loop ends it."""
 
     def __init__(self, server: ModelServer) -> None:
         self._server = server
-        self._connection: HTTPConnection | None = None
         self._socket: socket.socket | None = None
-        self._closed = False
+        self._is_closed = False
+        self.cleanup = contextlib.ExitStack()  # of the thread, when it is through
 
     def close(self) -> None:
-        self._closed = True
+        self._is_closed = True
         if self._socket is not None:
             with contextlib.suppress(OSError):  # closed already
                 self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, as close() would not
 
     def send(self, method: str, path: str, body: bytes | None = None) -> HTTPResponse:
         """Connect, send one request, and return the answer's head if it is a 200."""
-        self._connection = connection = self._server.connection()
+        connection = self._server.connect()
+        self.cleanup.callback(connection.close)
         try:
             connection.connect()
         except TimeoutError:
             raise Unavailable(f"no connection within {connection.timeout:g} s") from None
         self._socket = connection.sock
-        if self._closed:
+        if self._is_closed:
             raise OSError("closed")
         connection.sock.settimeout(self._server.timeout_s)
-        connection.request(method, self._server.path + path, body, self._server.headers())
+        connection.request(method, self._server.path + path, body, self._server.headers)
         response = connection.getresponse()
-        if response.status != 200:
-            raise self._refusal(response)
-        return response
-
-    def _refusal(self, response: HTTPResponse) -> ServiceError:
-        try:
+        if response.status == 200:
+            return response
+        text = f"HTTP {response.status}"
+        with contextlib.suppress(ValueError):
             problem = _model_error(_json_of(response.read(MAX_MODEL_LINE_BYTES)))
-        except ValueError:
-            problem = ""
-        text = f"HTTP {response.status}{problem and ': '}{problem}"
+            text += problem and f": {problem}"
         if response.status in (400, 413, 422):  # this request's fault, the server is well
-            return CommandFailed(self._server.hide(f"the model server answered {text}"))
-        return Unavailable(text)
-
-    def finish(self) -> None:
-        """Called in the thread when it is through."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._socket is not None:
-            self._socket.close()
+            raise CommandFailed(self._server.hide(f"the model server answered {text}"))
+        raise Unavailable(text)
 
 
 class ModelServer:
@@ -1658,38 +1445,35 @@ class ModelServer:
     """
 
     def __init__(self, url: str, *, model: str | None, key: str | None, timeout_s: float) -> None:
-        from urllib.parse import unquote, urlsplit
-
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url)
         if not is_http or not parts.hostname:
             raise ValueError("a model server's URL looks like http://localhost:11434")
-        self._host, self._port, self._is_tls = parts.hostname, parts.port, parts.scheme == "https"
-        self.host = parts.netloc.rpartition("@")[2]
-        self.path = parts.path.rstrip("/").removesuffix("/v1")
         if key is not None and not re.fullmatch("[!-~]+", key):
             raise ValueError("the model server's key has characters that no HTTP header can hold")
-        user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-        self._secrets = [each for each in (key, parts.password) if each]
-        self._authorization = f"Bearer {key}" if key else None
-        if key is None and parts.username is not None:
-            self._authorization = f"Basic {base64.b64encode(user.encode()).decode()}"
+        self._address = parts.hostname, parts.port
+        self._is_tls = parts.scheme == "https"
+        self.host = parts.netloc.rpartition("@")[2]
+        self.path = parts.path.rstrip("/").removesuffix("/v1")
+        self.headers = {"Content-Type": "application/json", "Connection": "close"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        elif parts.username is not None:
+            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self.headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+        password = parts.password or ""
+        self._secrets = [each for each in (key, password, unquote(password)) if each]
         self.model = model
         self.timeout_s = timeout_s
         self._requests = ThreadPool(MODEL_THREADS, f"karna-model-{self.host}")
         self._checks = ThreadPool(1, f"karna-model-check-{self.host}")  # never behind requests
 
-    def connection(self) -> HTTPConnection:
+    def connect(self) -> HTTPConnection:
+        """A connection that is not made yet."""
         from http.client import HTTPConnection, HTTPSConnection
 
         maker = HTTPSConnection if self._is_tls else HTTPConnection
-        return maker(self._host, self._port, timeout=min(MODEL_CONNECT_S, self.timeout_s))
-
-    def headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if self._authorization is not None:
-            headers["Authorization"] = self._authorization
-        return headers
+        return maker(*self._address, timeout=min(MODEL_CONNECT_S, self.timeout_s))
 
     def hide(self, text: str) -> str:
         """`text` on one line and without our secrets, should the server have sent them back."""
@@ -1708,12 +1492,9 @@ class ModelServer:
             raise self._unavailable("lists no model")
         return self.model or names[0]
 
-    async def chat(
-        self, model: str, messages: list[Any], report: Callable[[Any], None] | None = None
-    ) -> str:
-        """Let the model answer; `report` gets each token, in a thread. Returns the whole text."""
-        import json
-
+    async def chat(self, model: str, content: Any, report: Report | None) -> str:
+        """Let the model answer one message; `report` gets each token. Returns the whole text."""
+        messages = [{"role": "user", "content": content}]
         body = json.dumps({"model": model, "messages": messages, "stream": True}).encode()
         return await self._talk(self._requests, lambda e: _read_chat(e, body, report))
 
@@ -1729,7 +1510,8 @@ class ModelServer:
         from http.client import HTTPException, IncompleteRead
 
         try:
-            return work(exchange)
+            with exchange.cleanup:
+                return work(exchange)
         except Unavailable as error:
             raise self._unavailable(str(error)) from None
         except TimeoutError:
@@ -1740,16 +1522,12 @@ class ModelServer:
             raise self._unavailable(f"cannot be reached: {error.strerror or error}") from None
         except (HTTPException, ValueError) as error:
             raise self._unavailable(f"its answer makes no sense: {explain(error)}") from None
-        finally:
-            exchange.finish()
 
     def _unavailable(self, problem: str) -> Unavailable:
         return Unavailable(self.hide(f"model server {self.host}: {problem}"))
 
 
 def _json_of(data: bytes) -> Any:
-    import json
-
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -1774,14 +1552,14 @@ def _read_bounded(response: HTTPResponse) -> Any:
 
 def _list_models(exchange: Exchange) -> list[str]:
     answer = _read_bounded(exchange.send("GET", "/v1/models"))
-    models = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(models, list):
-        raise ValueError("no list of models")
-    names = [each.get("id") for each in models if isinstance(each, dict)]
+    try:
+        names = [each["id"] for each in answer["data"]]
+    except (KeyError, TypeError):
+        raise ValueError("no list of models") from None
     return [name for name in names if isinstance(name, str) and name]
 
 
-def _read_chat(exchange: Exchange, body: bytes, report: Callable[[Any], None] | None = None) -> str:
+def _read_chat(exchange: Exchange, body: bytes, report: Report | None) -> str:
     """Send a chat request and read the answer: events, or one JSON object from simple servers."""
     response = exchange.send("POST", "/v1/chat/completions", body)
     kind = (response.getheader("Content-Type") or "none").partition(";")[0].strip().lower()
@@ -1794,10 +1572,9 @@ def _read_chat(exchange: Exchange, body: bytes, report: Callable[[Any], None] | 
     for event in _read_events(response):
         token, is_last = _text_of(event, "delta")
         is_finished = is_finished or is_last
-        if token:
-            tokens.append(token)
-            if report is not None:
-                report({"token": token})
+        tokens.append(token)
+        if token and report is not None:
+            report({"token": token})
     if not is_finished:
         raise Unavailable("its answer broke off")
     return "".join(tokens)
@@ -1827,17 +1604,14 @@ def _text_of(answer: Any, part: str) -> tuple[str, bool]:
     problem = _model_error(answer)
     if problem:
         raise Unavailable(problem)
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list):
-        raise ValueError("no choices")
-    choice = choices[0] if choices else {}  # usage comes with no choice
-    content = choice.get(part) if isinstance(choice, dict) else None
-    text = content.get("content") if isinstance(content, dict) else None
-    if not isinstance(text, str | None) or not isinstance(choice, dict):
-        raise ValueError("a choice without text")
-    # A lone surrogate, which JSON can say, could not be sent on.
-    text = (text or "").encode("utf-8", "replace").decode()
-    return text, bool(choice.get("finish_reason"))
+    try:
+        choices = answer["choices"]
+        choice = choices[0] if choices else {}  # usage comes with no choice
+        text: str = (choice.get(part) or {}).get("content") or ""
+        # A lone surrogate, which JSON can say, could not be sent on.
+        return text.encode("utf-8", "replace").decode(), bool(choice.get("finish_reason"))
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("a choice without text") from None
 
 
 class ModelService(Service):
@@ -1857,12 +1631,11 @@ class ModelService(Service):
         super().__init__(self.kind)
         variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
         key = key or next(filter(None, map(os.environ.get, variables)), None)
+        self._model: str | None = model or None
         self.server: ModelServer | None = None
         if url:
-            self.server = ModelServer(
-                url, model=model or None, key=key and key.strip(), timeout_s=timeout_s
-            )
-        self._model: str | None = model or None
+            key = key and key.strip()
+            self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
 
     async def start(self) -> None:
         if self.server is None:
@@ -1874,32 +1647,28 @@ class ModelService(Service):
             await self._find_model(self.server)
 
     async def _find_model(self, server: ModelServer) -> str:
-        try:
+        with self._showing(server):
             self._model = await server.find_model()
-        except Unavailable as error:
-            self.set_state("degraded", str(error))
-            raise
-        self._say_running(server)
-        return self._model
-
-    def _say_running(self, server: ModelServer) -> None:
-        self.set_state("running", f"model {one_line(self._model or '', 100)} at {server.host}")
+            return self._model
 
     async def chat(
-        self,
-        server: ModelServer,
-        content: Any,
-        report: Callable[[Any], None] | None = None,
+        self, server: ModelServer, content: Any, report: Report | None = None
     ) -> dict[str, Any]:
         """Let the model answer one message: {"text", "model"}; the state follows how it went."""
         model = self._model or await self._find_model(server)
+        with self._showing(server):
+            text = await server.chat(model, content, report)
+        return {"text": text, "model": model}
+
+    @contextlib.contextmanager
+    def _showing(self, server: ModelServer) -> Iterator[None]:
+        """Set the state that an exchange with the server shows."""
         try:
-            text = await server.chat(model, [{"role": "user", "content": content}], report)
+            yield
         except Unavailable as error:
             self.set_state("degraded", str(error))
             raise
-        self._say_running(server)
-        return {"text": text, "model": model}
+        self.set_state("running", f"model {one_line(self._model or '', 100)} at {server.host}")
 
 
 # ---- vision ----------------------------------------------------------------------------------
@@ -1915,17 +1684,14 @@ class VisionService(ModelService):
     def register(self, commands: CommandProcessor) -> None:
         """Add the command `describe`, unless there is one."""
 
-        async def describe(
-            *question: str | None, image: bytes | str | None = None
-        ) -> dict[str, Any]:
+        async def describe(*question: str | None, image: bytes | str | None = None) -> Any:
             """Describe an image: a PNG, JPEG, GIF, WebP or BMP.
 
             The image is given as params.image: base64, a data URL, or bytes.
             With a model server it answers the question, too.
             """
             if not image:
-                problem = "IMAGE is missing: give params.image as base64, data URL or bytes"
-                raise command.usage_error(problem)
+                raise command.usage_error("params.image is missing: base64, a data URL or bytes")
             return await self.describe(image, " ".join(map(str, question)))
 
         command = Command(describe)
@@ -1942,10 +1708,8 @@ class VisionService(ModelService):
         if self.server is None:
             return {**facts, "embedded": True}
         url = f"data:image/{facts['format']};base64,{base64.b64encode(data).decode()}"
-        content = [
-            {"type": "text", "text": question or "Describe this image."},
-            {"type": "image_url", "image_url": {"url": url}},
-        ]
+        text = {"type": "text", "text": question or "Describe this image."}
+        content = [text, {"type": "image_url", "image_url": {"url": url}}]
         return {**facts, **await self.chat(self.server, content)}
 
 
@@ -1960,15 +1724,9 @@ def decode_image(image: bytes | str) -> bytes:
     if is_data_url and not comma:
         raise CommandFailed("the image's data URL has no comma")
     if is_data_url and not head.lower().rstrip().endswith(";base64"):
-        from urllib.parse import unquote_to_bytes
-
-        return unquote_to_bytes(body.encode("utf-8", "replace"))
-    return _decode_base64(body if is_data_url else image)
-
-
-def _decode_base64(text: str) -> bytes:
+        raise CommandFailed("the image's data URL is not base64")
     try:
-        data = text.replace("%2B", "+").replace("%2F", "/").replace("%3D", "=").encode("ascii")
+        data = (body if is_data_url else image).encode("ascii")
         data = data.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v").rstrip(b"=")
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (ValueError, binascii.Error):
@@ -1982,16 +1740,7 @@ def read_image_header(data: bytes) -> dict[str, Any]:
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise CommandFailed("the image is longer than 32 MiB")
-    known = next((each for each in _IMAGE_FORMATS if each[1].match(data)), None)
-    if known is None:
-        raise CommandFailed("the image is no PNG, JPEG, GIF, WebP or BMP")
-    name, _, read_size = known
-    try:
-        width, height = read_size(data)
-    except (struct.error, IndexError):
-        raise CommandFailed(f"the {name} image breaks off within its header") from None
-    except ValueError as problem:
-        raise CommandFailed(f"the {name} image is broken: {problem}") from None
+    name, width, height = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else _header(data)
     if width < 1 or height < 1:
         raise CommandFailed(f"the {name} image is broken: it says {width} x {height} pixels")
     if max(width, height) > MAX_IMAGE_SIDE or width * height > MAX_IMAGE_PIXELS:
@@ -2000,87 +1749,50 @@ def read_image_header(data: bytes) -> dict[str, Any]:
 
 
 Size = tuple[int, int]
+_HEADERS: tuple[tuple[str, Literal["big", "little"], bytes, Callable[..., Size]], ...] = (
+    ("png", "big", rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR(....)(....)", lambda w, h: (w, h)),
+    ("gif", "little", rb"GIF8[79]a(..)(..)", lambda w, h: (w, h)),
+    # WebP, RFC 9649: lossy, lossless, extended.
+    ("webp", "little", rb"RIFF....WEBPVP8 .{7}\x9d\x01\x2a(..)(..)",
+     lambda w, h: (w & 0x3FFF, h & 0x3FFF)),
+    ("webp", "little", rb"RIFF....WEBPVP8L....\x2f(....)",
+     lambda bits: ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)),
+    ("webp", "little", rb"RIFF....WEBPVP8X.{8}(...)(...)", lambda w, h: (w + 1, h + 1)),
+    # BMP: that of OS/2 1.x, and the others, whose height is negative when stored from the top.
+    ("bmp", "little", rb"BM.{12}\x0c\0\0\0(..)(..)", lambda w, h: (w, h)),
+    ("bmp", "little", rb"BM.{12}[\x10-\x7c]\0\0\0(....)(....)",
+     lambda w, h: (w, min(h, 2**32 - h))),
+)  # fmt: skip
 
 
-def _png_size(data: bytes) -> Size:
-    length, kind, width, height = struct.unpack_from(">I4sII", data, 8)
-    if kind != b"IHDR" or length != 13:
-        raise ValueError("no IHDR chunk")
-    return width, height
+def _header(data: bytes) -> tuple[str, int, int]:
+    for name, order, pattern, size_of in _HEADERS:
+        match = re.match(pattern, data, re.DOTALL)
+        if match is not None:
+            return name, *size_of(*(int.from_bytes(each, order) for each in match.groups()))
+    raise CommandFailed("the image is no PNG, JPEG, GIF, WebP or BMP, or its header is broken")
 
 
-def _gif_size(data: bytes) -> Size:
-    width, height = struct.unpack_from("<HH", data, 6)
-    return width, height
+_SEGMENT = re.compile(rb"\xff++(?:[\x01\xd0-\xd7]|([^\x00\xd8-\xda])(..))", re.DOTALL)
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
-_FILL = re.compile(rb"\xff+")
-
-
-def _jpeg_size(data: bytes) -> Size:
+def _jpeg_header(data: bytes) -> tuple[str, int, int]:
     """Skip segments up to the frame header, SOF0 to SOF15 (ITU T.81, B.1.1.3)."""
     at = 2
     for _ in range(MAX_JPEG_SEGMENTS):
-        fill = _FILL.match(data, at)
-        if fill is None:
-            if at >= len(data):
-                raise IndexError
-            raise ValueError("no marker where one belongs")
-        marker = data[fill.end()]
-        at = fill.end() + 1
-        if marker in (0x01, *range(0xD0, 0xD8)):
+        segment = _SEGMENT.match(data, at)
+        if segment is None:
+            break
+        marker, length = segment.groups()
+        at = segment.end()
+        if marker is None:
             continue  # these have no length
-        if marker in (0x00, 0xD8, 0xD9, 0xDA):
-            raise ValueError("no frame header before its data")
-        (length,) = struct.unpack_from(">H", data, at)
-        if length < 2:
-            raise ValueError("a segment without length")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 3)
-            return width, height
-        at += length
-    raise ValueError("too many segments before its frame header")
-
-
-def _webp_size(data: bytes) -> Size:
-    """The three first chunks a WebP may have (RFC 9649): lossy, lossless, extended."""
-    chunk = data[12:16]
-    if chunk == b"VP8 ":
-        code, width, height = struct.unpack_from("<3sHH", data, 23)
-        if code != b"\x9d\x01\x2a":
-            raise ValueError("no start code")
-        return width & 0x3FFF, height & 0x3FFF
-    if chunk == b"VP8L":
-        sign, bits = struct.unpack_from("<BI", data, 20)
-        if sign != 0x2F:
-            raise ValueError("no signature")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if chunk == b"VP8X":
-        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
-        return (high_w << 16 | low_w) + 1, (high_h << 16 | low_h) + 1
-    if len(chunk) < 4:
-        raise IndexError
-    raise ValueError("unknown first chunk")
-
-
-def _bmp_size(data: bytes) -> Size:
-    (header,) = struct.unpack_from("<I", data, 14)
-    if header == 12:  # OS/2 1.x
-        width, height = struct.unpack_from("<HH", data, 18)
-        return width, height
-    if not 16 <= header <= 124:
-        raise ValueError("unknown header")
-    width, height = struct.unpack_from("<ii", data, 18)
-    return width, abs(height)  # negative: stored from the top down
-
-
-_IMAGE_FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[bytes], Size]], ...] = (
-    ("png", re.compile(rb"\x89PNG\r\n\x1a\n"), _png_size),
-    ("jpeg", re.compile(rb"\xff\xd8\xff"), _jpeg_size),
-    ("gif", re.compile(rb"GIF8[79]a"), _gif_size),
-    ("webp", re.compile(rb"RIFF....WEBP", re.DOTALL), _webp_size),
-    ("bmp", re.compile(rb"BM"), _bmp_size),
-)
+        if marker[0] in _FRAMES and len(data) >= at + 5:
+            height, width = struct.unpack_from(">xHH", data, at)
+            return "jpeg", width, height
+        at += int.from_bytes(length, "big") - 2
+    raise CommandFailed("the jpeg image is broken: it has no frame header")
 
 
 # ---- language --------------------------------------------------------------------------------
@@ -2123,10 +1835,8 @@ class LanguageService(ModelService):
     async def ask(self, prompt: str, context: Context) -> dict[str, Any]:
         """{"text", "model"}; each token is reported as {"token"}. Raises Unavailable."""
         if self.server is None:
-            raise Unavailable(
-                "no language model: start the server with --language-url URL "
-                "(or KARNA_LANGUAGE_URL), such as http://localhost:11434"
-            )
+            way = "--language-url URL (or KARNA_LANGUAGE_URL), such as http://localhost:11434"
+            raise Unavailable(f"no language model: start the server with {way}")
         return await self.chat(self.server, prompt, context.report)
 
 

@@ -186,7 +186,8 @@ async def measure(pid: int, client: redis.Redis) -> None:
                 redis_us, own_us, other_us = (share / rate * 1e6 for share in shares)
                 print(
                     f"{clients:4} clients: {rate:7,.0f} broadcasts/s through Redis; "
-                    f"CPU a broadcast: Redis {redis_us:.0f} us, this node {own_us:.0f}, the other {other_us:.0f}"
+                    f"CPU a broadcast: "
+                    f"Redis {redis_us:.0f} us, this node {own_us:.0f}, the other {other_us:.0f}"
                 )
     entries = client.xlen(STREAM)
     size = client.memory_usage(STREAM, samples=0)
