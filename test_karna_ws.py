@@ -6125,14 +6125,14 @@ async def test_client_that_goes_away_has_its_commands_cancelled_hardening() -> N
                     await peer.send(post("/api/execute_command", {"command": "gate http"}))
                 else:
                     await peer.send_json(command(f"gate {how}", 1))
-                await hardening_until(lambda: len(gates.begun) == number + 1)  # noqa: B023
+                await hardening_until(lambda: len(gates.begun) == number + 1)
                 if how == "close":
                     await peer.send(close_frame())
                 if how == "eof":
                     peer.writer.write_eof()
             await hardening_until(
                 lambda: gates.ended == ["close", "eof", "reset", "http"][: number + 1]
-            )  # noqa: B023
+            )
         await hardening_until(lambda: not manager.tasks)
 
 
