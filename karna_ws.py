@@ -542,7 +542,7 @@ class Connection(ServerConnection):
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
-        "_answers", "_drained", "_expected", "_holds", "_need", "_parts", "_parts_are_text",
+        "_answers", "_drained", "_holds", "_need", "_parts", "_parts_are_text",
         "_tail", "allowance", "deadline", "door", "head", "heard", "loop", "manager", "name",
         "next_ping", "origin", "phase", "pinged_at", "protocol", "transport", "waiting",
         "waiting_bytes",
@@ -571,7 +571,6 @@ class Connection(ServerConnection):
         self.waiting_bytes = 0
         self._answers: list[bytes] | None = None  # a list while a read is being handled
         self._drained: asyncio.Future[None] | None = None
-        self._expected = 0  # bytes of the HTTP body
         self._holds = 0
         self._tail: bytearray | None = None  # what arrived of the next frame, head or body
         self._need = 0  # bytes that `_tail` must have before another look at it is worth while
