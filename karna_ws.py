@@ -86,6 +86,7 @@ from services import (
     UsageError,
     VisionService,
     stream_id,
+    kill_programs,
     utc_now,
 )
 
@@ -220,6 +221,11 @@ class Config:
                 raise ValueError(
                     f"allow_origin must look like https://app.example, without a path: {origin!r}"
                 )
+        for name in self.allow_host:
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(
+                    f"allow_host must be a name such as karna.example, without a port: {name!r}"
+                )
         for name in self.namespaces:
             if not name.startswith("/") or "," in name or len(name) > MAX_NAMESPACE_BYTES:
                 raise ValueError(f"namespace must start with / and hold no comma: {name!r}")
@@ -247,6 +253,7 @@ class Config:
         return 25.0 if self.ping_interval_s is None else self.ping_interval_s
 
 
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:(?![/?#])[!-~])+", re.IGNORECASE)
 _TOKEN = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _OPTION_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -1765,6 +1772,8 @@ class WebSocketManager:
         """A socket was accepted."""
         if len(self.connections) >= self.max_connections:
             self.metrics.refusals["too many sockets"] += 1
+            if self.log_gate.admits("too many sockets"):
+                log.warning("%s cut: too many sockets (--max-clients)", connection.name)
             connection.transport.abort()
         self.connections.add(connection)
 
@@ -3169,7 +3178,7 @@ def answer_metrics(connection: Connection, body: bytes) -> None:
     add("sent_bytes_total", "counter", "Bytes written to WebSockets.", manager.bytes_out)
     add("broadcasts_total", "counter", "Broadcasts accepted.", manager.broadcasts)
     add("deliveries_total", "counter", "Broadcasts written, each client one.", manager.deliveries)
-    add("commands_total", "counter", "Commands, methods and events ended, by result.",
+    add("commands_total", "counter", "Commands, methods and events that were started, by result.",
         _by("result", metrics.commands))  # fmt: skip
     add("command_duration_seconds", "histogram", "How long commands, methods and events took.",
         _histogram(metrics))  # fmt: skip
@@ -3550,6 +3559,7 @@ def stopping_on_signals(server: Server) -> Iterator[None]:
 
     def stop(number: int) -> None:
         if server.manager.is_draining:
+            kill_programs()
             os._exit(128 + number)
         log.info("%s: stopping", signal.Signals(number).name)
         server.close()
@@ -3722,7 +3732,7 @@ def _shown_access(config: Config) -> str:
     else:
         who = f"everyone who reaches {config.host or 'this machine'}"
     pages = f", and pages of {', '.join(config.allow_origin)}" if config.allow_origin else ""
-    return f"{who}{pages}; {'who know the token' if config.token else 'without a token'}"
+    return f"{who}{pages}; {'with the token' if config.token else 'without a token'}"
 
 
 def _shown_trial(config: Config, base: str) -> str:

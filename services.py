@@ -1223,8 +1223,9 @@ async def run_program(path: str, arguments: Sequence[str], context: Context) -> 
     Raises UsageError for arguments no program can take, Unavailable when it cannot be started.
     """
     loop, devnull = asyncio.get_running_loop(), asyncio.subprocess.DEVNULL
-    # Without our secrets: the token and all that is called a key.
-    kept = {k: v for k, v in os.environ.items() if k != "KARNA_TOKEN" and not k.endswith("_KEY")}
+    # Without our secrets: our own variables (token, URLs with passwords), all that is called a key.
+    secret = re.compile("KARNA_.*|.*_KEY")
+    kept = {name: value for name, value in os.environ.items() if not secret.fullmatch(name)}
     try:
         transport, watch = await loop.subprocess_exec(
             ProgramWatch, path, *arguments, stdin=devnull, env=kept, start_new_session=True
@@ -1233,6 +1234,7 @@ async def run_program(path: str, arguments: Sequence[str], context: Context) -> 
         raise UsageError(f"an argument cannot be passed to a program: {error}") from None
     except OSError as error:
         raise Unavailable(f"cannot start the program: {error.strerror or error}") from None
+    _programs.add(transport)
     output = ProgramOutput()
     try:
         async for stream, data in watch.chunks():
@@ -1369,6 +1371,7 @@ async def _end_program(transport: asyncio.SubprocessTransport, watch: ProgramWat
     """End what is left of a program and its process group: SIGTERM, a bounded wait, SIGKILL."""
     if watch.is_over:
         transport.close()
+        _programs.discard(transport)
         return
     watch.discard()
     try:
@@ -1380,6 +1383,16 @@ async def _end_program(transport: asyncio.SubprocessTransport, watch: ProgramWat
     finally:  # also when this was cancelled; and for children that let go of the pipes
         _signal_group(transport, "SIGKILL")
         transport.close()
+        _programs.discard(transport)
+
+
+_programs: set[asyncio.SubprocessTransport] = set()  # that run, or leave children behind
+
+
+def kill_programs() -> None:
+    """End every program at once, for a process that is about to end itself so."""
+    for transport in _programs:
+        _signal_group(transport, "SIGKILL")
 
 
 def _signal_group(transport: asyncio.SubprocessTransport, name: str) -> None:

@@ -6419,6 +6419,22 @@ async def test_second_signal_ends_the_process_at_once() -> None:
         assert await karna.ended() == 128 + signal.SIGINT
 
 
+async def test_second_signal_ends_programs_too() -> None:
+    async with process("--grace", "30", "--allow-program", "sh") as karna, raw(karna.port) as peer:
+        await peer.send_json(command("sh -c 'trap : TERM; echo $$; while :; do sleep 1; done'", 1))
+        while (report := await peer.json())["type"] != "command_progress":
+            pass
+        shell = int(report["data"]["progress"]["line"])
+        karna.stop()
+        while (await ask(karna.port, head("GET", "/health"))).status == 200:
+            pass
+        assert is_alive(shell)
+        karna.stop()
+        assert await karna.ended() == 128 + signal.SIGTERM
+        while is_alive(shell):
+            await asyncio.sleep(0.01)
+
+
 async def test_commands_that_wait_use_the_grace_too() -> None:
     async with (
         process("--grace", "10", "--max-running-commands", "1") as karna,
@@ -6508,6 +6524,7 @@ WRONG_STARTS: list[tuple[list[str], dict[str, str], str]] = [
     ([], {"KARNA_REUSE_PORT": "perhaps"}, "KARNA_REUSE_PORT"),
     ([], {"KARNA_ALLOW_ORIGIN": "https://a.example,null"}, "null"),
     ([], {"KARNA_TOKEN": " "}, "token"),
+    (["--allow-host", "karna.example:80"], {}, "without a port"),
     ([], {"KARNA_LOG_LEVEL": "loud"}, "--log-level"),
 ]
 
@@ -7866,7 +7883,7 @@ def test_program_gets_arguments_exactly(words: list[str]) -> None:
 async def test_program_has_no_stdin_and_none_of_our_secrets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ["KARNA_TOKEN", "OPENAI_API_KEY", "KARNA_VISION_KEY"]:
+    for name in ["KARNA_TOKEN", "OPENAI_API_KEY", "KARNA_VISION_KEY", "KARNA_BACKPLANE"]:
         monkeypatch.setenv(name, "hush")
     monkeypatch.setenv("HARMLESS", "kept")
     result = await shell("cat; env")

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
@@ -62,6 +62,8 @@ async def watch(url: str) -> None:
         except InvalidStatus as error:
             if error.response.status_code < 500:  # a wrong token or address: no use to try again
                 raise SystemExit(f"refused: {error.response.body.decode()}") from None
+            print(f"not connected: {error}", flush=True)
+        except InvalidHandshake as error:
             print(f"not connected: {error}", flush=True)
         # The pause doubles, and half of it is random: after a restart not all clients come at once.
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**failures)
@@ -111,7 +113,7 @@ def main() -> None:
             asyncio.run(watch(options.url))
     except KeyboardInterrupt:
         pass
-    except (OSError, ConnectionClosed, InvalidStatus) as error:
+    except (OSError, ConnectionClosed, InvalidHandshake) as error:
         raise SystemExit(f"cannot talk to {options.url}: {error}") from None
 
 
