@@ -3650,13 +3650,6 @@ HERE = Path(karna_ws.__file__).resolve().parent
 TOKEN = "correct-horse"
 
 
-async def hardening_until(condition: Callable[[], Any]) -> None:
-    """Wait until a condition holds that nobody announces (a buffer is full, a socket is gone)."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 @contextlib.asynccontextmanager
 async def hardening_serving(
     manager: WebSocketManager, **options: Any
@@ -3664,8 +3657,8 @@ async def hardening_serving(
     """A server whose services have started: no broadcast of their states comes in between."""
     async with karna_ws.serving(manager, **options) as server:
         services = manager.services.values()
-        await hardening_until(lambda: all(service.state != "starting" for service in services))
-        await hardening_until(lambda: not manager._pending)
+        await until(lambda: all(service.state != "starting" for service in services))
+        await until(lambda: not manager._pending)
         yield server
 
 
@@ -4413,7 +4406,7 @@ async def test_pipelined_requests_get_one_answer_and_the_end() -> None:
                 answer = await peer.answer()
                 assert answer.headers["connection"] == "close"
                 assert await peer.at_end()
-        await hardening_until(lambda: not server.manager.connections)
+        await until(lambda: not server.manager.connections)
 
 
 BAD_HEADS: list[tuple[bytes, int]] = [
@@ -4721,7 +4714,7 @@ async def test_refused_body_is_answered_though_it_is_still_being_sent() -> None:
                 answer = await peer.answer()
                 assert answer.status == status
                 assert await peer.at_end()
-        await hardening_until(lambda: not server.manager.connections)
+        await until(lambda: not server.manager.connections)
 
 
 async def test_body_beyond_its_length_is_ignored() -> None:
@@ -4785,7 +4778,7 @@ async def test_dribbling_request_is_cut_at_its_deadline(start: bytes) -> None:
                 assert (await peer.answer()).status == 408
             assert await peer.at_end()
             assert 0.25 < time.monotonic() - began < 0.7
-        await hardening_until(lambda: not server.manager.connections)
+        await until(lambda: not server.manager.connections)
 
 
 async def test_session_that_joins_no_namespace_is_closed() -> None:
@@ -4817,10 +4810,10 @@ async def test_clients_beyond_the_limit_get_503_on_both_doors() -> None:
                 assert (await ask(port, head("GET", "/health"))).status == 200
                 await third.send(close_frame())
                 await third.closed()
-            await hardening_until(lambda: not server.manager.is_full)
+            await until(lambda: not server.manager.is_full)
             for target in ("/ws", ENGINE):
                 assert (await ask(port, upgrade(target))).status == 101
-                await hardening_until(lambda: not server.manager.is_full)
+                await until(lambda: not server.manager.is_full)
 
 
 async def test_sockets_beyond_clients_and_handshakes_are_cut(
@@ -4830,14 +4823,14 @@ async def test_sockets_beyond_clients_and_handshakes_are_cut(
     async with hardening_serving(WebSocketManager(), port=0, max_clients=10) as server:
         async with contextlib.AsyncExitStack() as stack:
             peers = [await stack.enter_async_context(dial(server.port)) for _ in range(30)]
-            await hardening_until(lambda: len(server.manager.connections) == 30)
+            await until(lambda: len(server.manager.connections) == 30)
             for _ in range(50):
                 async with dial(server.port) as late:
                     assert await late.at_end()
             assert len(server.manager.connections) == 30
             await peers[0].send(head("GET", "/health"))
             assert (await peers[0].answer()).status == 200
-        await hardening_until(lambda: not server.manager.connections)
+        await until(lambda: not server.manager.connections)
         assert (await ask(server.port, head("GET", "/health"))).status == 200
 
 
@@ -4887,7 +4880,7 @@ async def test_commands_beyond_the_limit_wait_in_order_while_status_and_cancel_g
         await peer.send_json(request("cancel", "y", id="a"))  # one that runs
         by_id = {answer["id"]: answer for answer in [await peer.json() for _ in range(2)]}
         assert by_id["a"]["data"]["code"] == "cancelled" and "y" in by_id
-        await hardening_until(lambda: gates.begun == ["a", "b", "c"])
+        await until(lambda: gates.begun == ["a", "b", "c"])
         gates.open("b", "c", "e")
         assert {(await peer.json())["id"] for _ in range(3)} == {"b", "c", "e"}
         assert gates.begun == ["a", "b", "c", "e"]
@@ -4926,7 +4919,7 @@ async def test_client_is_not_read_past_256_waiting_requests_and_nothing_is_lost(
             texts = [b'42/ws,%d["rpc",%b]' % (n, text) for n, text in enumerate(texts)]
         await peer.send(b"".join(frame(1, text) for text in texts))
         (connection,) = manager.connections
-        await hardening_until(lambda: connection._holds)
+        await until(lambda: connection._holds)
         assert connection._holds == karna_ws.HOLD_CALLS
         assert connection.waiting == karna_ws.MAX_WAITING + 1
         gates.open("g")
@@ -4959,7 +4952,7 @@ async def test_client_is_not_read_past_a_mebibyte_of_waiting_requests() -> None:
             )
         )  # 30 MB
         (connection,) = manager.connections
-        await hardening_until(lambda: connection._holds)
+        await until(lambda: connection._holds)
         assert 1024 * 1024 < connection.waiting_bytes < 1024 * 1024 + 201_000
         gates.open("g", "h")
         assert {(await peer.json())["id"] for _ in range(150)} == set(range(150))
@@ -4982,7 +4975,7 @@ async def test_leaving_a_namespace_frees_the_places_of_what_waited() -> None:
             assert (await peer.frame()).payload.startswith(b"40/ws,{")
         (connection,) = manager.connections
         assert (connection.waiting, connection.waiting_bytes) == (0, 0)
-        await hardening_until(lambda: len(gates.ended) == 4)
+        await until(lambda: len(gates.ended) == 4)
 
 
 async def test_command_time_is_limited_on_every_door() -> None:
@@ -5050,7 +5043,7 @@ async def test_client_over_the_unsent_limit_is_closed_with_1013_and_recovers(doo
                 await slow.send(frame(1, b"40/ws,"))
                 pid = json.loads((await slow.frame()).payload[6:])["pid"]
             slow.writer.transport.pause_reading()
-            await hardening_until(lambda: manager.count_clients())
+            await until(lambda: manager.count_clients())
             sent = 0
             while manager.count_clients():
                 manager.broadcast("tick", {"n": sent, "pad": "x" * 20_000})
@@ -5362,7 +5355,7 @@ async def test_stream_that_ends_anywhere_leaves_nothing_behind() -> None:
         for cut in range(0, len(data), 3):
             async with dial(server.port) as peer:
                 await peer.send(data[:cut])  # and is reset
-        await hardening_until(lambda: not server.manager.connections)
+        await until(lambda: not server.manager.connections)
         assert not server.manager.raw and not server.manager.tasks
 
 
@@ -5624,7 +5617,7 @@ async def test_client_that_sends_without_reading_is_paused_and_loses_nothing() -
         count = 4000  # answers of about 5 KiB: 20 MB, of which buffers take a few
         data = b"".join(frame(1, json.dumps(command("help", n)).encode()) for n in range(count))
         sending = asyncio.create_task(peer.send(data))
-        await hardening_until(lambda: connection._holds & karna_ws.HOLD_WRITES)
+        await until(lambda: connection._holds & karna_ws.HOLD_WRITES)
         await asyncio.sleep(0.1)  # whatever still comes in, comes in now
         assert (
             connection.transport.get_write_buffer_size() < 64 * 8 * 1024 + 64 * 1024
@@ -5654,7 +5647,7 @@ async def test_pings_without_reading_are_bounded_even_behind_a_close() -> None:
                             await peer.send(pings)
                             await asyncio.sleep(0)
                 assert most < 2 * 1024 * 1024, packet
-            await hardening_until(lambda: not server.manager.connections)
+            await until(lambda: not server.manager.connections)
 
 
 @pytest.mark.parametrize("door", ["raw", "socket.io"])
@@ -5665,7 +5658,7 @@ async def test_silent_peer_is_gone_within_interval_and_timeout(door: str) -> Non
         async with (raw if door == "raw" else engine)(server.port) as peer:
             began = time.monotonic()
             assert await peer.frame() == ((9, b"") if door == "raw" else (1, b"2"))
-            await hardening_until(lambda: not server.manager.connections)
+            await until(lambda: not server.manager.connections)
             assert 0.35 < time.monotonic() - began < 0.7
             assert not server.manager.count_clients()
         assert server.manager.metrics.drops == {"silent": 1}
@@ -5699,7 +5692,7 @@ async def test_peer_that_waits_for_its_own_commands_is_not_taken_for_dead() -> N
         texts = [json.dumps(command("gate g", n)).encode() for n in range(300)]
         await peer.send(b"".join(frame(1, text) for text in texts) + frame(10))
         (connection,) = manager.connections
-        await hardening_until(lambda: connection._holds == karna_ws.HOLD_CALLS)
+        await until(lambda: connection._holds == karna_ws.HOLD_CALLS)
         await asyncio.sleep(0.4)  # it could not be heard in this time
         gates.open("g")
         for number in range(300):
@@ -5718,7 +5711,7 @@ async def test_peer_that_ignores_the_close_is_cut(reads: bool) -> None:
         (client,) = manager.raw
         began = time.monotonic()
         await client.disconnect("enough")
-        await hardening_until(lambda: not manager.connections)
+        await until(lambda: not manager.connections)
         assert 0.15 < time.monotonic() - began < 0.5
         if reads:
             assert await peer.frame() == (8, b"\x03\xe8enough")
@@ -5737,7 +5730,7 @@ async def test_shutdown_is_not_held_up_by_any_peer(monkeypatch: pytest.MonkeyPat
         half = await stack.enter_async_context(dial(port))
         await half.send(upgrade()[:-2])
         silent = await stack.enter_async_context(dial(port))
-        await hardening_until(lambda: len(manager.connections) == 5)
+        await until(lambda: len(manager.connections) == 5)
         for _ in range(200):
             manager.broadcast("tick", "x" * 20_000)
             await asyncio.sleep(0)
@@ -5809,8 +5802,8 @@ async def test_stuck_readers_cost_bounded_memory_and_others_get_everything(loop:
 
 async def test_broadcast_survives_clients_that_vanish_at_any_time() -> None:
     for loop in ("asyncio", "uvloop"):
-        if loop == "uvloop" and not has_uvloop():
-            continue
+        if loop == "uvloop":
+            needs("uvloop")
         async with process("--loop", loop) as karna:
             async with raw(karna.port) as reader, raw(karna.port) as publisher:
                 for number in range(60):
@@ -5829,14 +5822,6 @@ async def test_broadcast_survives_clients_that_vanish_at_any_time() -> None:
                         pass
                     assert got["data"]["message"] == str(number)
             assert "Traceback" not in karna.log()
-
-
-def has_uvloop() -> bool:
-    try:
-        import uvloop  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 # --- handlers that do what they should not -----------------------------------------------------
@@ -6049,7 +6034,7 @@ async def test_connect_handlers_that_fail_refuse_their_client_alone(name: str) -
             assert json.loads(answer.removeprefix(b"44/ws,"))["message"]
             await peer.send(frame(1, b"40/ws,"))
             assert (await peer.frame()).payload.startswith(b"40/ws,{")
-        await hardening_until(lambda: not manager.connections)
+        await until(lambda: not manager.connections)
 
 
 async def test_queue_goes_on_past_a_request_that_can_not_be_prepared(
@@ -6125,15 +6110,15 @@ async def test_client_that_goes_away_has_its_commands_cancelled_hardening() -> N
                     await peer.send(post("/api/execute_command", {"command": "gate http"}))
                 else:
                     await peer.send_json(command(f"gate {how}", 1))
-                await hardening_until(lambda: len(gates.begun) == number + 1)
+                await until(lambda: len(gates.begun) == number + 1)
                 if how == "close":
                     await peer.send(close_frame())
                 if how == "eof":
                     peer.writer.write_eof()
-            await hardening_until(
+            await until(
                 lambda: gates.ended == ["close", "eof", "reset", "http"][: number + 1]
             )
-        await hardening_until(lambda: not manager.tasks)
+        await until(lambda: not manager.tasks)
 
 
 # --- metrics -----------------------------------------------------------------------------------
@@ -6188,7 +6173,7 @@ async def test_metrics_tell_what_happened() -> None:
         assert 0 <= after["karna_loop_lag_seconds"] < 5
         sizes = sum(map(len, texts))
         assert grown("karna_received_bytes_total") >= sizes
-        await hardening_until(lambda: not manager.connections)
+        await until(lambda: not manager.connections)
         assert (await get_metrics(port, bearer))["karna_clients{door=raw}"] == 0
 
 
@@ -6265,7 +6250,7 @@ class Karna:
 
     async def ended(self) -> int:
         """The exit code, once there is one."""
-        await hardening_until(lambda: self.child.poll() is not None)
+        await until(lambda: self.child.poll() is not None)
         return self.child.returncode
 
 
@@ -6333,7 +6318,7 @@ async def process(
     try:
         if port is not None:
             karna.port = port
-            await hardening_until(lambda: not karna.is_running() or answers_on(port))
+            await until(lambda: not karna.is_running() or answers_on(port))
             token = flags[flags.index("--token") + 1] if "--token" in flags else ""
             status = head("GET", "/api/status", {"Authorization": f"Bearer {token}"})
             while karna.is_running() and b'"starting"' in (await ask(port, status)).body:
@@ -6580,7 +6565,7 @@ async def test_unix_socket_is_its_owners_alone_and_gone_at_the_end(tmp_path: Pat
     socket_path = tmp_path / "karna.sock"
     path = str(socket_path)
     async with process("--unix", path, port=None) as karna:
-        await hardening_until(lambda: socket_path.exists() and answers_on(path))
+        await until(lambda: socket_path.exists() and answers_on(path))
         assert socket_path.stat().st_mode & 0o777 == 0o600
         assert (await ask(path, head("GET", "/health"))).status == 200
         async with raw(path) as peer:
@@ -6602,12 +6587,12 @@ async def test_unix_socket_is_its_owners_alone_and_gone_at_the_end(tmp_path: Pat
         assert await karna.ended() == 0
         assert not socket_path.exists()
     async with process("--unix", path, port=None) as karna:
-        await hardening_until(lambda: socket_path.exists() and answers_on(path))
+        await until(lambda: socket_path.exists() and answers_on(path))
         karna.stop(signal.SIGKILL)
         await karna.ended()
         assert socket_path.exists()
     async with process("--unix", path, port=None) as karna:  # a dead one is
-        await hardening_until(lambda: answers_on(path))
+        await until(lambda: answers_on(path))
         assert (await ask(path, head("GET", "/health"))).status == 200
 
 
@@ -6677,7 +6662,7 @@ async def test_listening_socket_is_taken_over_from_systemd() -> None:
             async with raw(port) as peer:
                 child.send_signal(signal.SIGTERM)
                 assert (await peer.closed()).code == 1012
-            await hardening_until(lambda: child.poll() is not None)
+            await until(lambda: child.poll() is not None)
             assert child.returncode == 0
         async with activated(listening) as child:  # the next one finds what has queued meanwhile
             assert (await ask(port, head("GET", "/health"))).status == 200
@@ -6687,7 +6672,7 @@ async def test_listening_socket_beyond_loopback_needs_a_token_too() -> None:
     with socket.create_server(("0.0.0.0", 0)) as listening:
         for flags, count, names in (([], "1", "--token"), (AUTH, "2", "LISTEN_FDS")):
             async with activated(listening, *flags, count=count) as child:
-                await hardening_until(lambda: child.poll() is not None)
+                await until(lambda: child.poll() is not None)
                 assert child.returncode == 2
                 error = child.stderr.read()
                 assert names in error and error.count("\n") == 1
@@ -6712,7 +6697,7 @@ async def test_server_goes_on_without_anywhere_to_write(closed: str) -> None:
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        await hardening_until(lambda: child.poll() is not None or answers_on(port))
+        await until(lambda: child.poll() is not None or answers_on(port))
         for _ in range(3):
             assert (
                 await ask(port, upgrade(headers={"Origin": "http://evil.example"}))
@@ -6729,7 +6714,7 @@ async def test_server_goes_on_without_anywhere_to_write(closed: str) -> None:
             assert again.returncode == 2  # in use, and nowhere to say so
             child.send_signal(signal.SIGTERM)
             assert (await peer.closed()).code == 1012
-        await hardening_until(lambda: child.poll() is not None)
+        await until(lambda: child.poll() is not None)
         assert child.returncode == 0
     finally:
         if child.poll() is None:
@@ -6819,13 +6804,6 @@ def processor(*functions: Callable[..., Any], **options: Any) -> CommandProcesso
     for function in functions:
         commands.command(function)
     return commands
-
-
-async def services_until(condition: Callable[[], Any]) -> None:
-    """Wait until a condition holds that nobody announces (a process is gone, a thread is idle)."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 # ---- services --------------------------------------------------------------------------------
@@ -7602,7 +7580,7 @@ async def test_time_limit_holds_against_handler_that_swallows_cancellation(
         await services_execute(commands, "stubborn")
     assert "stubborn ignores its cancellation" in caplog.text
     go.set()
-    await services_until(lambda: "stubborn has ended after all\n" in caplog.text)
+    await until(lambda: "stubborn has ended after all\n" in caplog.text)
 
 
 @pytest.mark.parametrize("way", ["async", "stream", "thread"])
@@ -7661,7 +7639,7 @@ async def test_thread_blocked_in_report_ends_when_command_is_cancelled() -> None
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await services_until(ended.is_set)
+    await until(ended.is_set)
     assert not never.is_set()
 
 
@@ -7677,7 +7655,7 @@ async def test_threads_are_bounded_and_used_again() -> None:
 
     commands = processor(blocks, max_threads=2)
     running = [asyncio.ensure_future(services_execute(commands, "blocks")) for _ in range(6)]
-    await services_until(lambda: len(busy) == 2)
+    await until(lambda: len(busy) == 2)
     release.release(6)
     assert len(set(await asyncio.gather(*running))) == 2 and max(most) == 2
 
@@ -7955,7 +7933,7 @@ async def test_program_is_not_read_while_client_does_not_and_loses_nothing(
     monkeypatch.setattr(services, "ProgramWatch", Watch)
     script = "yes 0123456789012345678901234567890123456789 | head -n 30000"
     task = asyncio.ensure_future(shell(script, progress=send))
-    await services_until(lambda: watches and watches[0]._is_paused)
+    await until(lambda: watches and watches[0]._is_paused)
     assert watches[0]._unread < services.MAX_UNREAD_BYTES + 2 * 256 * 1024  # one read is 256 KiB
     assert count == 1
     gate.set()
@@ -7965,7 +7943,7 @@ async def test_program_is_not_read_while_client_does_not_and_loses_nothing(
 async def test_program_blocked_in_writing_is_ended_by_term_alone() -> None:
     lines: asyncio.Queue[Any] = asyncio.Queue(1)  # a client that takes one line
     task = asyncio.ensure_future(shell("yes; echo never", progress=lines.put))
-    await services_until(lambda: lines.full())
+    await until(lambda: lines.full())
     began = time.monotonic()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -7985,7 +7963,7 @@ async def test_program_is_killed_when_its_ending_is_cancelled() -> None:
         task.cancel()
         await asyncio.sleep(0.05)
     assert task.cancelled()
-    await services_until(lambda: not is_alive(pid))
+    await until(lambda: not is_alive(pid))
 
 
 async def test_program_ended_by_signal_names_it() -> None:
@@ -8025,7 +8003,7 @@ async def test_program_is_ended_with_its_whole_group(
         {"cancel": asyncio.CancelledError, "timeout": CommandTimeout, "stop": Unavailable}[how]
     ):
         await task
-    await services_until(lambda: not any(map(is_alive, pids)))
+    await until(lambda: not any(map(is_alive, pids)))
 
 
 async def test_program_whose_child_holds_pipe_does_not_hang(
@@ -8035,7 +8013,7 @@ async def test_program_whose_child_holds_pipe_does_not_hang(
     monkeypatch.setattr(services, "TERM_WAIT_S", 0.1)
     result = await shell("sleep 60 & echo $!")
     assert result["exit_code"] == 0
-    await services_until(lambda: not is_alive(int(result["output"])))
+    await until(lambda: not is_alive(int(result["output"])))
 
 
 async def test_program_refuses_what_cannot_be_passed_or_started(tmp_path: Any) -> None:
@@ -8335,7 +8313,7 @@ async def test_cancelling_ask_closes_its_socket_and_frees_its_thread(host: Any) 
         await task
     await asyncio.wait_for(host.lost.wait(), DEADLINE_S)
     pool = language.server._requests  # type: ignore[union-attr]
-    await services_until(lambda: pool._idle == pool._threads)
+    await until(lambda: pool._idle == pool._threads)
     assert language.state == "running"
 
 
