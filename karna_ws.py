@@ -42,6 +42,7 @@ import math
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import stat
@@ -119,6 +120,9 @@ MAX_PID_CHARS = 100  # of a private id that a Socket.IO client comes back with
 ENVELOPE_BYTES = 1024  # more than a notification is longer than the request for it
 LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
 PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
+READ_BYTES = 64 * 1024  # taken from a socket at a time; malloc maps pages anew from 128 KiB on
+MAX_READS = 128  # sockets read before the loop has another look at its timers
+FLUSH_READ_BYTES = 4096  # whoever sends more at a time is answered before the next is read
 FLUSH_ANSWERS = 64  # answers joined into one write before it leaves
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
@@ -544,14 +548,68 @@ NEVER = math.inf
 _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
 
+class SocketReader:
+    """Reads the open WebSockets of a server, all in one callback of the loop.
+
+    The loop watches one epoll of ours in place of every socket, which goes around asyncio's Handle,
+    Context and four calls for each read. Answers leave when all have been read: peers that the
+    first one wakes stay awake for the rest, and waking is what costs most in a write.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._epoll = select.epoll()
+        self._connections: dict[int, Connection] = {}
+        loop.add_reader(self._epoll.fileno(), self._read)
+
+    def add(self, connection: Connection) -> None:
+        """Read this connection from now on."""
+        self._connections[connection.fd] = connection
+        self._epoll.register(connection.fd, select.EPOLLIN)
+
+    def remove(self, connection: Connection) -> None:
+        """Read it no more; what arrives stays in its socket."""
+        if self._connections.get(connection.fd) is connection:
+            del self._connections[connection.fd]
+            self._epoll.unregister(connection.fd)
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _read(self) -> None:
+        connections, read = self._connections, os.read
+        answered: list[Connection] = []
+        try:
+            for fd, _ in self._epoll.poll(0, MAX_READS):
+                connection = connections.get(fd)
+                if connection is None:
+                    continue  # one that was read before it has ended it
+                answered.append(connection)
+                try:
+                    data = read(fd, READ_BYTES)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    connection.abort()
+                    continue
+                connection.read(data)
+                if len(data) > FLUSH_READ_BYTES:
+                    connection.flush_answers()
+        finally:
+            for connection in answered:
+                connection.flush_answers()
+
+
 class Connection(ServerConnection):
     """One socket, from its HTTP head to its close."""
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
         "_answers", "_drained", "_holds", "_need", "_parts", "_parts_are_text",
-        "_tail", "allowance", "deadline", "door", "head", "heard", "loop", "manager", "name",
-        "next_ping", "origin", "phase", "pinged_at", "protocol", "transport", "waiting",
+        "_tail", "allowance", "deadline", "door", "fd", "head", "heard", "loop", "manager", "name",
+        "next_ping", "origin", "phase", "pinged_at", "protocol", "reader", "transport", "waiting",
         "waiting_bytes",
     )  # fmt: skip
 
@@ -569,6 +627,8 @@ class Connection(ServerConnection):
         self.phase = Phase.HEAD
         self.deadline = self.loop.time() + manager.config.open_timeout_s
         self.heard = True
+        self.fd = -1  # of its socket, if we may use that ourselves
+        self.reader: SocketReader | None = None  # who reads it in place of the transport
         self.next_ping = NEVER
         self.pinged_at: float | None = None
         self.head: Any = None  # while an HTTP request is read and answered: its head
@@ -589,20 +649,15 @@ class Connection(ServerConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not super(): it would start the library's handler task.
         self.transport = cast(asyncio.Transport, transport)
+        if self.manager.reader is not None and not transport.get_extra_info("ssl_object"):
+            self.fd = transport.get_extra_info("socket").fileno()
+            self.transport.set_write_buffer_limits(0)
         self.manager.adopt(self)
 
     def data_received(self, data: bytes) -> None:
-        self.heard = True
-        self.manager.bytes_in += len(data)
-        if self._tail is not None:
-            self._tail += data
-            if len(self._tail) < self._need or self._head_is_partial(self._tail, len(data)):
-                return
-            data, self._tail = bytes(self._tail), None
-        if self.phase is _OPEN:
-            self._read_frames(data)
-        else:
-            _READERS[self.phase](self, data)
+        self._take(data)
+        self.flush_answers()
+
 
     def _head_is_partial(self, tail: bytearray, arrived: int) -> bool:
         """Can't the bytes that just arrived have ended the HTTP head?"""
@@ -617,6 +672,9 @@ class Connection(ServerConnection):
             self._send_library_data()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.reader is not None:
+            self.reader.remove(self)
+        self.fd = -1  # it may soon be another's
         if self.phase in (_OPEN, Phase.ANSWERING) and self.door is not None:
             self.door.leave()
         self.phase = Phase.CLOSED
@@ -634,6 +692,34 @@ class Connection(ServerConnection):
         self.release(HOLD_WRITES)
         self._wake_writers()
 
+    # What our own reader calls.
+
+    def read(self, data: bytes) -> None:
+        """Handle what was read from the socket; b"" is its end. The answers are still to flush."""
+        try:
+            if data:
+                self._take(data)
+            else:
+                self._pause_reading()
+                self.eof_received()
+                self.transport.close()
+        except Exception as exc:
+            self.manager.log_error(f"{self.name} failed", exc)
+            self.abort()
+
+    def _take(self, data: bytes) -> None:
+        self.heard = True
+        self.manager.bytes_in += len(data)
+        if self._tail is not None:
+            self._tail += data
+            if len(self._tail) < self._need or self._head_is_partial(self._tail, len(data)):
+                return
+            data, self._tail = bytes(self._tail), None
+        if self.phase is _OPEN:
+            self._read_frames(data)
+        else:
+            _READERS[self.phase](self, data)
+
     def keep(self, data: bytes, need: int = 0) -> None:
         """Keep what has arrived of something until it has `need` bytes."""
         if data:
@@ -646,12 +732,13 @@ class Connection(ServerConnection):
         """Handle every whole frame in `data`, keep the rest; one write for all answers."""
         assert self.door is not None
         receive, heads = self.door.receive, _SHORT_TEXT_HEADS
-        answers = self._answers = []
+        answers = self._answers
+        if answers is None:
+            answers = self._answers = []
         limit = self.manager.config.max_message_bytes
         position, end, need, messages = 0, len(data), 0, 0
         while not self._holds:
-            available = end - position
-            if available < 2:
+            if end - position < 2:
                 need = 2
                 break
             first, second = data[position], data[position + 1]
@@ -659,17 +746,16 @@ class Connection(ServerConnection):
                 body = position + 6
                 stop = body + second - 128
             elif second < 128:  # not masked
-                body, stop = 0, -1
+                return self._fail_slowly(data[position:])
             else:
                 size_bytes = 2 if second == 254 else 8
-                if available < 2 + size_bytes:
+                if end - position < 2 + size_bytes:
                     need = 2 + size_bytes
                     break
                 body = position + 6 + size_bytes
                 stop = body + int.from_bytes(data[position + 2 : position + 2 + size_bytes], "big")
-            if (first == 0x81 or first == 0x82) and self._parts is None:
-                if not body <= stop <= body + limit:
-                    return self._fail_slowly(data[position:])
+            is_data = (first == 0x81 or first == 0x82) and self._parts is None
+            if is_data and stop - body <= limit:
                 if stop > end:
                     need = stop - position
                     break
@@ -686,10 +772,10 @@ class Connection(ServerConnection):
                         short = size < 126  # the common case of frame_text, without the call
                         answers.append(heads[size] + answer if short else frame_text(answer))
                         if len(answers) >= FLUSH_ANSWERS:
-                            self._flush_answers()
+                            self.flush_answers()
                             answers = self._answers = []
             else:
-                if stop < 0 or self._is_doomed(first, stop - body):
+                if self._is_doomed(first, stop - body):
                     return self._fail_slowly(data[position:])
                 if stop > end:
                     need = stop - position
@@ -697,7 +783,6 @@ class Connection(ServerConnection):
                 self._feed_library(data[position:stop])
                 position = stop
         self.manager.messages_in += messages
-        self._flush_answers()
         if self.phase is not _OPEN:
             self._read_late(data[position:])
         elif position < end:
@@ -714,7 +799,7 @@ class Connection(ServerConnection):
 
     def _fail_slowly(self, data: bytes) -> None:
         """Let the library see a frame that it will refuse, byte by byte as it arrives."""
-        self._flush_answers()
+        self.flush_answers()
         self._begin_closing()
         self._read_late(data)
 
@@ -785,7 +870,26 @@ class Connection(ServerConnection):
         elif self.phase is Phase.OPEN:
             self.manager.messages_out += 1
             self.manager.bytes_out += len(frame)
-            self.transport.write(frame)
+            self.write(frame)
+
+    def write(self, data: bytes) -> None:
+        """Give the socket what it takes at once, and the transport the rest."""
+        if self.fd < 0 or self._holds & HOLD_WRITES:
+            return self.transport.write(data)
+        try:
+            sent = os.write(self.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return self.abort()  # the peer is gone
+        if sent < len(data):
+            self.transport.write(memoryview(data)[sent:])
+
+    def abort(self) -> None:
+        """Cut the connection; nothing that has arrived is read any more."""
+        if self.reader is not None:
+            self.reader.remove(self)
+        self.transport.abort()
 
     def allow(self, size: int) -> None:
         """That much more may be unsent: it was asked for, and is no sign of a slow client."""
@@ -814,13 +918,13 @@ class Connection(ServerConnection):
             self._drained.set_result(None)
             self._drained = None
 
-    def _flush_answers(self) -> None:
+    def flush_answers(self) -> None:
         answers, self._answers = self._answers, None
         if answers:
             joined = answers[0] if len(answers) == 1 else b"".join(answers)
             self.manager.messages_out += len(answers)
             self.manager.bytes_out += len(joined)
-            self.transport.write(joined)
+            self.write(joined)
 
     def _send_library_data(self) -> None:
         """Write what the library has to say, behind our own answers; follow it into closing."""
@@ -829,10 +933,10 @@ class Connection(ServerConnection):
             if pieces:  # pongs, which keep their place among the answers
                 self.send_frame(b"".join(pieces))
             return
-        self._flush_answers()
+        self.flush_answers()
         # Behind a close frame come pongs alone; who does not read them gets no more.
         if pieces and (self.phase is Phase.OPEN or not self.is_behind):
-            self.transport.write(b"".join(pieces))
+            self.write(b"".join(pieces))
         self._begin_closing()
         if self.protocol.eof_sent and pieces and not pieces[-1]:
             self._half_close()
@@ -845,14 +949,14 @@ class Connection(ServerConnection):
             else:  # TLS
                 self.transport.close()
         except (OSError, RuntimeError):
-            self.transport.abort()  # the peer is gone already
+            self.abort()  # the peer is gone already
 
     # Back-pressure.
 
     def hold(self, reason: int) -> None:
         """Stop reading this client, for one of the HOLD_ reasons."""
-        if not self._holds and not self.transport.is_closing():
-            self.transport.pause_reading()
+        if not self._holds:
+            self._pause_reading()
         self._holds |= reason
 
     def release(self, reason: int) -> None:
@@ -861,10 +965,24 @@ class Connection(ServerConnection):
             return
         self._holds &= ~reason
         if not self._holds and not self.transport.is_closing():
-            self.transport.resume_reading()
+            self._resume_reading()
             self._need = 0
             # Not now: the caller may be in the middle of handling another message.
             self.loop.call_soon(self._read_held)
+
+    def _pause_reading(self) -> None:
+        if self.reader is not None:
+            self.reader.remove(self)
+        elif not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.reader is not None:
+            self.reader.add(self)
+        else:
+            self.transport.resume_reading()
 
     def _read_held(self) -> None:
         if self._tail is not None and not self._holds and self.phase is Phase.OPEN:
@@ -879,6 +997,11 @@ class Connection(ServerConnection):
         next(self.protocol.parser)
         self.door = door
         self.phase = Phase.OPEN
+        if self.fd >= 0:
+            self._pause_reading()
+            self.reader = self.manager.reader
+            if not self._holds:
+                self._resume_reading()
         self.next_ping = self.deadline = self.loop.time() + ping_interval_s
 
     def on_deadline(self, now: float) -> None:
@@ -888,7 +1011,7 @@ class Connection(ServerConnection):
         elif self.phase in (Phase.HEAD, Phase.BODY):
             refuse_late_request(self)
         else:
-            self.transport.abort()
+            self.abort()
 
     def heartbeat(self, now: float, interval_s: float, frame: bytes) -> None:
         """Ping when it is time, drop the peer when the last ping met only silence."""
@@ -898,7 +1021,7 @@ class Connection(ServerConnection):
         if self.pinged_at is not None and now >= self.pinged_at + timeout_s:
             self.manager.count_drop(self, "silent")
             self.close(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
-            return self.transport.abort()
+            return self.abort()
         if now >= self.next_ping:
             self.next_ping = now + interval_s
             self.heard = False
@@ -921,8 +1044,8 @@ class Connection(ServerConnection):
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
         self.door.leave()
         self.deadline = self.loop.time() + self.manager.config.close_timeout_s
-        if self._holds and not self.transport.is_closing():
-            self.transport.resume_reading()  # for the peer's own close frame
+        if self._holds:
+            self._resume_reading()  # for the peer's own close frame
         self._holds |= HOLD_CLOSED
         tail, self._tail = self._tail, None
         if tail:
@@ -1024,7 +1147,7 @@ class RawClient(Client, Door):
                 payload.decode()  # UnicodeDecodeError: the connection ends with 1007
             return INVALID_JSON
         if type(message) is dict and "jsonrpc" not in message:
-            return handle_request(Request(self, message.get("id"), None, len(payload)), message)
+            return handle_rpc(self, message, None, len(payload))
         return handle_other(self, message, len(payload))
 
     def on_deadline(self, now: float) -> None:
@@ -1448,16 +1571,17 @@ class Metrics:
     """Counters for `/metrics`, by label. Hot ones are plain integers of the manager."""
 
     def __init__(self) -> None:
-        self.commands: defaultdict[str, int] = defaultdict(int)
+        self.errors: defaultdict[str, int] = defaultdict(int)
         self.refusals: defaultdict[str, int] = defaultdict(int)
         self.drops: defaultdict[str, int] = defaultdict(int)
         self.latency_buckets = [0] * (len(LATENCY_BUCKETS_S) + 1)
         self.latency_sum_s = 0.0
         self.loop_lag_s = 0.0
 
-    def count_command(self, result: str, seconds: float) -> None:
-        """One command ended: with "ok" or an error code."""
-        self.commands[result] += 1
+    def count_task(self, result: str, seconds: float) -> None:
+        """One command that was no inline one ended: with "ok" or an error code."""
+        if result != "ok":
+            self.errors[result] += 1
         self.latency_sum_s += seconds
         self.latency_buckets[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
 
@@ -1502,6 +1626,7 @@ class WebSocketManager:
         self.backplane: RedisBackplane | None = None
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
         self._thread = 0  # of that loop
+        self.reader: SocketReader | None = None  # where the system has epoll
         self.when_empty: asyncio.Event | None = None  # set when the last socket is closed
         self.configure(Config())
 
@@ -1535,6 +1660,10 @@ class WebSocketManager:
         # Longest broadcast in the backplane: what came in as a request fits.
         self.max_entry_bytes = max(config.max_message_bytes, config.max_body_bytes) + ENVELOPE_BYTES
         self.commands.timeout_s = config.command_timeout_s
+        # What the fast lane may run, unless a program decides about each line itself.
+        prepare = getattr(self.commands.prepare, "__func__", None)
+        is_ours = prepare is CommandProcessor.prepare
+        self.prepared = self.commands.prepared if is_ours else {}
         self.raw_client = RawClient
         if getattr(self.handle_message, "__func__", None) is not WebSocketManager.handle_message:
             self.raw_client = OverriddenRawClient
@@ -1720,7 +1849,7 @@ class WebSocketManager:
             if connection._holds or connection._answers is not None:
                 connection.send_frame(frames)
             else:
-                connection.transport.write(frames)
+                connection.write(frames)
 
     @property
     def recovers(self) -> bool:
@@ -1774,7 +1903,7 @@ class WebSocketManager:
             self.metrics.refusals["too many sockets"] += 1
             if self.log_gate.admits("too many sockets"):
                 log.warning("%s cut: too many sockets (--max-clients)", connection.name)
-            connection.transport.abort()
+            connection.abort()
         self.connections.add(connection)
 
     def release(self, connection: Connection) -> None:
@@ -1961,7 +2090,7 @@ class WebSocketManager:
                     connection.on_deadline(now)
                 except Exception as exc:
                     self.log_error(f"{connection.name} deadline failed", exc)
-                    connection.transport.abort()
+                    connection.abort()
 
 
 def _offset_of(client: SocketClient) -> str:
@@ -2071,12 +2200,14 @@ class Request:
     started: float
     task: asyncio.Task[Any]
 
-    def __init__(self, client: Client, id: Any, ack: int | None, size: int) -> None:
+    def __init__(
+        self, client: Client, id: Any, ack: int | None, size: int, line: str | None = None
+    ) -> None:
         self.client = client
         self.id = id
         self.ack = ack
         self.size = size
-        self.line: str | None = None
+        self.line = line
         # started, task and is_done are set by Calls.run: most requests never need them.
 
     @property
@@ -2154,6 +2285,32 @@ class Request:
         if answer is not None:
             self.client.connection.allow(len(answer))
             self.client.deliver(answer, self.ack)
+
+
+def handle_rpc(
+    client: Client, message: dict[str, Any], ack: int | None, size: int
+) -> bytes | None:
+    """Answer one request of our own form, now or later. Never raises.
+
+    The fast lane: a command line that is ready to run, and needs no task, needs no Request either.
+    """
+    params, wanted = message.get("params"), message.get("id")
+    if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
+        line, manager = params.get("command"), client.manager
+        call = manager.prepared.get(line) if type(line) is str else None
+        if call is not None and client.calls is None and type(wanted) in _ID_TYPES:
+            try:
+                value = manager.commands.call_inline(call)
+                data = {"command": line, "result": value}
+                if wanted is None:
+                    return dumps({"type": "command_response", "data": data})
+                return dumps({"type": "command_response", "data": data, "id": wanted})
+            except ServiceError as error:
+                manager.metrics.errors[error.code] += 1
+                return Request(client, wanted, ack, size, line).refuse(error)
+            except TypeError:  # `value` is not what orjson takes at once
+                return Request(client, wanted, ack, size, line).result(value)
+    return handle_request(Request(client, wanted, ack, size), message)
 
 
 def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
@@ -2242,7 +2399,7 @@ def handle_event(
     """Answer one Socket.IO event: the text to send now, if any."""
     if event[0] == "rpc":
         message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
-        answer = handle_request(Request(client, message.get("id"), ack, size), message)
+        answer = handle_rpc(client, message, ack, size)
         return None if answer is None else client.wrap(answer, ack)
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
     handler = client.manager.handlers.get(name)
@@ -2298,14 +2455,11 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
 def call_inline(request: Request, call: Call) -> bytes | None:
     """Run a command that never waits; the answer leaves with this read's others."""
     manager = request.client.manager
-    started = time.perf_counter()
     try:
-        result = manager.commands.call_inline(call)
+        return request.result(manager.commands.call_inline(call))
     except ServiceError as error:
-        manager.metrics.count_command(error.code, time.perf_counter() - started)
+        manager.metrics.errors[error.code] += 1
         raise
-    manager.metrics.count_command("ok", time.perf_counter() - started)
-    return request.result(result)
 
 
 class Calls:
@@ -2388,8 +2542,7 @@ class Calls:
             code = "ok"
         elif isinstance(error, ServiceError):  # the task's owner logs any other
             code, message, data = error.code, str(error), error.data
-        metrics = self.client.manager.metrics
-        metrics.count_command(code, time.perf_counter() - request.started)
+        self.client.manager.metrics.count_task(code, time.perf_counter() - request.started)
         return request.result(task.result()) if code == "ok" else request.fail(code, message, data)
 
     def _start_waiting(self) -> None:
@@ -2855,7 +3008,7 @@ def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
     connection.head = None  # 1.7 KiB that nobody needs any more
     connection._answers = [handshake]  # what follows it leaves in the same write
     (_open_engine if is_engine else _open_raw)(connection, request)
-    connection._flush_answers()
+    connection.flush_answers()
     if rest:
         manager.bytes_in -= len(rest)  # counted with the head that it came with
         connection.data_received(rest)
@@ -2912,7 +3065,7 @@ def refuse_old_client(session: SocketSession) -> None:
     handshake = {"sid": session.sid, "upgrades": [], "pingInterval": 25000, "pingTimeout": 20000}
     for packet in (b"0" + dumps(handshake), b"40", b"44/ws," + text, b"44" + text):
         session.connection.send_frame(frame_text(packet))
-    session.connection._flush_answers()
+    session.connection.flush_answers()
     session.connection.close(CloseCode.POLICY_VIOLATION, "Engine.IO protocol 4 is needed")
 
 
@@ -2950,7 +3103,7 @@ def start_body(connection: Connection, request: HttpRequest, rest: bytes) -> Non
     if request.body_bytes > limit:
         raise Refused("too_large", f"the body is over {limit} bytes (--max-body)")
     if request.headers.get("expect", "").lower() == "100-continue":
-        connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     connection.phase = Phase.BODY
     read_body(connection, rest)
 
@@ -2999,7 +3152,7 @@ def send_response(
     is_head = connection.head is not None and connection.head.method == "HEAD"
     connection.phase = Phase.CLOSING
     connection.deadline = connection.loop.time() + LINGER_S + len(body) / SLOWEST_READER_BYTES_S
-    connection.transport.write(f"{head}\r\n".encode("latin-1") + (b"" if is_head else body))
+    connection.write(f"{head}\r\n".encode("latin-1") + (b"" if is_head else body))
     connection._half_close()
 
 
@@ -3019,7 +3172,7 @@ def refuse_late_request(connection: Connection) -> None:
     manager = connection.manager
     if connection.phase is Phase.HEAD and connection._tail is None:
         manager.metrics.refusals["timeout"] += 1
-        return connection.transport.abort()  # it never said a word
+        return connection.abort()  # it never said a word
     limit_s = manager.config.open_timeout_s
     message = f"the request took longer than {limit_s:g} s to arrive (--open-timeout)"
     return refuse_http(connection, Refused("timeout", message, status=408))
@@ -3179,8 +3332,8 @@ def answer_metrics(connection: Connection, body: bytes) -> None:
     add("broadcasts_total", "counter", "Broadcasts accepted.", manager.broadcasts)
     add("deliveries_total", "counter", "Broadcasts written, each client one.", manager.deliveries)
     add("commands_total", "counter", "Commands, methods and events that were started, by result.",
-        _by("result", metrics.commands))  # fmt: skip
-    add("command_duration_seconds", "histogram", "How long commands, methods and events took.",
+        _by("result", {"ok": manager.commands.done, **metrics.errors}))  # fmt: skip
+    add("command_duration_seconds", "histogram", "How long those took that are not inline.",
         _histogram(metrics))  # fmt: skip
     add("dropped_total", "counter", "Clients dropped, by reason.", _by("reason", metrics.drops))
     add("refused_total", "counter", "Requests refused, by reason.", _by("reason", metrics.refusals))
@@ -3288,6 +3441,8 @@ class Server:
         self._websocket_server = await self._bind()
         self.sockets = list(self._websocket_server.sockets)
         manager.loop, manager._thread = asyncio.get_running_loop(), threading.get_ident()
+        if hasattr(select, "epoll"):  # Linux
+            manager.reader = SocketReader(manager.loop)
         self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
         self._sweep.add_done_callback(self._sweep_ended)
         self._monitor = Monitor(manager.services.values())
@@ -3366,6 +3521,7 @@ class Server:
     async def _close(self) -> None:
         manager = self.manager
         manager.is_draining = True
+        manager.prepared = {}
         log.info("stopping: %d clients", manager.count_clients())
         await self._finish_commands()
         assert self._websocket_server is not None
@@ -3374,7 +3530,7 @@ class Server:
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
         await self._wait_for_peers(min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S))
         for connection in tuple(manager.connections):
-            connection.transport.abort()
+            connection.abort()
         await self._wait_for_peers(1.0)
         await self._monitor.stop()
         tasks = [*manager.tasks, cast("asyncio.Task[None]", self._sweep)]
@@ -3384,6 +3540,9 @@ class Server:
         await self._websocket_server.wait_closed()
         self._remove_unix_file()
         manager.loop = None
+        if manager.reader is not None:
+            manager.reader.close()
+            manager.reader = None
         log.info("stopped")
 
     async def _finish_commands(self) -> None:

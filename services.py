@@ -980,7 +980,7 @@ class CommandProcessor(Service):
         self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
         self._tasks = Tasks()
-        self._prepared: dict[str, Call] = {}  # recent lines of inline commands
+        self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
         if builtins:
             _add_builtins(self)
@@ -1011,7 +1011,7 @@ class CommandProcessor(Service):
         for name in command.names:
             self.commands[name] = command
             self._replaceable.discard(name)
-        self._prepared.clear()
+        self.prepared.clear()
         self.touch()
 
     def prepare(self, line: str, params: Mapping[str, Any] = types.MappingProxyType({})) -> Call:
@@ -1021,7 +1021,7 @@ class CommandProcessor(Service):
         splits it as a shell would, unless there are quotes or backslashes.
         """
         if not params:
-            call = self._prepared.get(line)
+            call = self.prepared.get(line)
             if call is not None:
                 return call
         if line.isprintable() and "\\" not in line and '"' not in line and "'" not in line:
@@ -1037,9 +1037,9 @@ class CommandProcessor(Service):
         call = Call(command, *command.bind(words, params))
         if command.inline and not params and len(line) <= MAX_PREPARED_CHARS:
             # Clients say the same again; an inline call has no Context and may run many times.
-            if len(self._prepared) >= MAX_PREPARED:
-                self._prepared.clear()
-            self._prepared[line] = call
+            if len(self.prepared) >= MAX_PREPARED:
+                self.prepared.clear()
+            self.prepared[line] = call
         return call
 
     def _unknown(self, name: str) -> UnknownCommand:

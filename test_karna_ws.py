@@ -7248,9 +7248,9 @@ def test_prepare_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch
     commands = CommandProcessor()
     for number in range(10):
         commands.prepare(f"echo {number}")
-        assert len(commands._prepared) <= 3
+        assert len(commands.prepared) <= 3
     commands.prepare("echo " + "x" * services.MAX_PREPARED_CHARS)
-    assert all(len(line) < 200 for line in commands._prepared)
+    assert all(len(line) < 200 for line in commands.prepared)
 
 
 @pytest.mark.parametrize("line", ["", "  \t\n", "\r"])
