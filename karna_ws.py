@@ -46,6 +46,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -122,8 +123,10 @@ LAG_S = 1.0  # to read from the backplane what another process has sent to a cli
 PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
 READ_BYTES = 64 * 1024  # taken from a socket at a time; malloc maps pages anew from 128 KiB on
 MAX_READS = 128  # sockets read before the loop has another look at its timers
-FLUSH_READ_BYTES = 4096  # whoever sends more at a time is answered before the next is read
-FLUSH_ANSWERS = 64  # answers joined into one write before it leaves
+FLUSH_BYTES = 4096  # a longer read or frame does not wait for others
+FLUSH_FRAMES = 64  # joined into one write before it leaves
+CLIENTS_A_TURN = 100  # clients for whom a flush waits one more turn of the loop: 2 % longer, and...
+MAX_TURNS = 8  # ...never more than this, some 50 microseconds
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
@@ -396,6 +399,17 @@ def _decode_data(kind: PacketType, text: bytes) -> Any:
     return data
 
 
+def decode_event(text: bytes) -> list[Any]:
+    """Parse the payload of an EVENT packet, such as b'["move",1]'. Raises BadPacket."""
+    try:
+        event: list[Any] = loads(text)
+    except JSONDecodeError:
+        raise BadPacket("invalid payload") from None
+    if not event or (event[0] != "rpc" and not _is_event(event)):  # nearly all are "rpc"
+        raise BadPacket("invalid payload")
+    return event
+
+
 def _is_event(data: Any) -> bool:
     name = data[0] if isinstance(data, list) and data else None
     return type(name) is int or (isinstance(name, str) and name not in RESERVED_EVENTS)
@@ -505,10 +519,12 @@ def frame_binary(payload: bytes) -> bytes:
     return (bytes((0x82, size)) if size < 126 else _long_head(0x82, size)) + payload
 
 
+_pack_16_bits = struct.Struct("!BBH").pack
+_pack_64_bits = struct.Struct("!BBQ").pack
+
+
 def _long_head(first: int, size: int) -> bytes:
-    if size < 65536:
-        return bytes((first, 126)) + size.to_bytes(2, "big")
-    return bytes((first, 127)) + size.to_bytes(8, "big")
+    return _pack_16_bits(first, 126, size) if size < 65536 else _pack_64_bits(first, 127, size)
 
 
 PING_FRAME = b"\x89\x00"  # WebSocket ping, for the raw door
@@ -551,21 +567,24 @@ _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as
 class SocketReader:
     """Reads the open WebSockets of a server, all in one callback of the loop.
 
-    The loop watches one epoll of ours in place of every socket, which goes around asyncio's Handle,
-    Context and four calls for each read. Answers leave when all have been read: peers that the
-    first one wakes stay awake for the rest, and waking is what costs most in a write.
+    The loop watches one epoll of ours in place of every socket: a read costs no Handle, no Context
+    and none of asyncio's four calls. Answers leave when all that is ready has been read: peers
+    that the first one wakes are awake for the rest, and waking costs most of a write.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, manager: WebSocketManager, loop: asyncio.AbstractEventLoop) -> None:
+        self.manager = manager
         self._loop = loop
-        self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
+        self._epoll = select.epoll()
+        # Edge-triggered: a socket that was read empty is not looked at again until more arrives.
+        self._events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
         loop.add_reader(self._epoll.fileno(), self._read)
 
     def add(self, connection: Connection) -> None:
         """Read this connection from now on."""
         self._connections[connection.fd] = connection
-        self._epoll.register(connection.fd, select.EPOLLIN)
+        self._epoll.register(connection.fd, self._events)
 
     def remove(self, connection: Connection) -> None:
         """Read it no more; what arrives stays in its socket."""
@@ -575,31 +594,41 @@ class SocketReader:
 
     def close(self) -> None:
         """Read nothing any more."""
+        self._connections.clear()
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
     def _read(self) -> None:
-        connections, read = self._connections, os.read
+        connections, read, only_data = self._connections, os.read, select.EPOLLIN
         answered: list[Connection] = []
+        received = 0
         try:
-            for fd, _ in self._epoll.poll(0, MAX_READS):
+            for fd, events in self._epoll.poll(0, MAX_READS):
                 connection = connections.get(fd)
                 if connection is None:
                     continue  # one that was read before it has ended it
-                answered.append(connection)
                 try:
                     data = read(fd, READ_BYTES)
                 except BlockingIOError:
                     continue
-                except OSError:
+                except OSError:  # the peer is gone
                     connection.abort()
                     continue
-                connection.read(data)
-                if len(data) > FLUSH_READ_BYTES:
-                    connection.flush_answers()
+                answered.append(connection)
+                received += len(data)
+                try:
+                    connection.take(data) if data else connection.take_end()
+                except Exception as exc:  # a bug of ours ends this client, not the others
+                    self.manager.log_error(f"{connection.name} failed", exc)
+                    connection.abort()
+                if len(data) > FLUSH_BYTES:
+                    connection.flush()
+                if (events != only_data or len(data) == READ_BYTES) and fd in connections:
+                    self._epoll.modify(fd, self._events)  # more may be there: raise the edge again
         finally:
+            self.manager.bytes_in += received
             for connection in answered:
-                connection.flush_answers()
+                connection.flush()
 
 
 class Connection(ServerConnection):
@@ -607,8 +636,8 @@ class Connection(ServerConnection):
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
-        "_answers", "_drained", "_holds", "_need", "_parts", "_parts_are_text",
-        "_tail", "allowance", "deadline", "door", "fd", "head", "heard", "loop", "manager", "name",
+        "_drained", "_holds", "_need", "_parts", "_parts_are_text", "_queue", "_tail", "allowance",
+        "deadline", "door", "fd", "head", "heard", "is_queueing", "loop", "manager", "name",
         "next_ping", "origin", "phase", "pinged_at", "protocol", "reader", "transport", "waiting",
         "waiting_bytes",
     )  # fmt: skip
@@ -636,7 +665,8 @@ class Connection(ServerConnection):
         self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
         self.waiting = 0  # requests, all namespaces together, that wait for a command to end
         self.waiting_bytes = 0
-        self._answers: list[bytes] | None = None  # a list while a read is being handled
+        self.is_queueing = False  # until the next flush frames are queued, to leave together
+        self._queue: list[bytes] = []
         self._drained: asyncio.Future[None] | None = None
         self._holds = 0
         self._tail: bytearray | None = None  # what arrived of the next frame, head or body
@@ -655,15 +685,9 @@ class Connection(ServerConnection):
         self.manager.adopt(self)
 
     def data_received(self, data: bytes) -> None:
-        self._take(data)
-        self.flush_answers()
-
-
-    def _head_is_partial(self, tail: bytearray, arrived: int) -> bool:
-        """Can't the bytes that just arrived have ended the HTTP head?"""
-        if self.phase is not Phase.HEAD or len(tail) > MAX_HEAD_BYTES:
-            return False
-        return tail.find(b"\r\n\r\n", max(0, len(tail) - arrived - 3)) < 0
+        self.manager.bytes_in += len(data)
+        self.take(data)
+        self.flush()
 
     def eof_received(self) -> None:
         self._begin_closing()
@@ -692,33 +716,31 @@ class Connection(ServerConnection):
         self.release(HOLD_WRITES)
         self._wake_writers()
 
-    # What our own reader calls.
+    # Bytes to frames, frames to messages.
 
-    def read(self, data: bytes) -> None:
-        """Handle what was read from the socket; b"" is its end. The answers are still to flush."""
-        try:
-            if data:
-                self._take(data)
-            else:
-                self._pause_reading()
-                self.eof_received()
-                self.transport.close()
-        except Exception as exc:
-            self.manager.log_error(f"{self.name} failed", exc)
-            self.abort()
+    def take_end(self) -> None:
+        """The peer sends no more: what asyncio does then."""
+        self._pause_reading()
+        self.eof_received()
+        self.transport.close()
 
-    def _take(self, data: bytes) -> None:
-        self.heard = True
-        self.manager.bytes_in += len(data)
+    def _collect(self, data: bytes) -> None:
+        """Take what is not simply the next frames of an open WebSocket."""
         if self._tail is not None:
             self._tail += data
             if len(self._tail) < self._need or self._head_is_partial(self._tail, len(data)):
                 return
             data, self._tail = bytes(self._tail), None
         if self.phase is _OPEN:
-            self._read_frames(data)
+            self.take(data)
         else:
             _READERS[self.phase](self, data)
+
+    def _head_is_partial(self, tail: bytearray, arrived: int) -> bool:
+        """Can't the bytes that just arrived have ended the HTTP head?"""
+        if self.phase is not Phase.HEAD or len(tail) > MAX_HEAD_BYTES:
+            return False
+        return tail.find(b"\r\n\r\n", max(0, len(tail) - arrived - 3)) < 0
 
     def keep(self, data: bytes, need: int = 0) -> None:
         """Keep what has arrived of something until it has `need` bytes."""
@@ -726,16 +748,15 @@ class Connection(ServerConnection):
             self._tail = bytearray(data)
             self._need = need
 
-    # Frames to messages.
-
-    def _read_frames(self, data: bytes) -> None:
-        """Handle every whole frame in `data`, keep the rest; one write for all answers."""
+    def take(self, data: bytes) -> None:
+        """Handle every whole frame in `data`, keep the rest; the answers are queued."""
+        self.heard = True
+        if self._tail is not None or self.phase is not _OPEN:
+            return self._collect(data)
         assert self.door is not None
-        receive, heads = self.door.receive, _SHORT_TEXT_HEADS
-        answers = self._answers
-        if answers is None:
-            answers = self._answers = []
-        limit = self.manager.config.max_message_bytes
+        self.is_queueing = True
+        receive, answers, heads = self.door.receive, self._queue, _SHORT_TEXT_HEADS
+        limit = self.manager.max_message_bytes
         position, end, need, messages = 0, len(data), 0, 0
         while not self._holds:
             if end - position < 2:
@@ -767,13 +788,13 @@ class Connection(ServerConnection):
                 except Exception as exc:
                     self._receive_failed(payload, first == 0x81, exc)
                 else:
-                    if answer is not None:
-                        size = len(answer)
-                        short = size < 126  # the common case of frame_text, without the call
-                        answers.append(heads[size] + answer if short else frame_text(answer))
-                        if len(answers) >= FLUSH_ANSWERS:
-                            self.flush_answers()
-                            answers = self._answers = []
+                    if answer is None:
+                        continue
+                    size = len(answer)
+                    if size < 126:
+                        answers.append(heads[size] + answer)
+                    else:  # of long ones not all that a read asks for may wait
+                        self.send_frame(frame_text(answer))
             else:
                 if self._is_doomed(first, stop - body):
                     return self._fail_slowly(data[position:])
@@ -799,7 +820,6 @@ class Connection(ServerConnection):
 
     def _fail_slowly(self, data: bytes) -> None:
         """Let the library see a frame that it will refuse, byte by byte as it arrives."""
-        self.flush_answers()
         self._begin_closing()
         self._read_late(data)
 
@@ -859,18 +879,21 @@ class Connection(ServerConnection):
     # Messages to frames.
 
     def send_frame(self, frame: bytes) -> None:
-        """Send one or more frames: after the answers of the present read, or at once.
+        """Send one or more frames, behind the answers of this read or of this turn of the loop.
 
         Never waits. A client whose unsent bytes are over its limit gets no more: it is dropped.
         """
-        if self._answers is not None and self.phase is Phase.OPEN:
-            self._answers.append(frame)
-        elif self._holds & HOLD_WRITES and self.is_behind:
-            self.manager.drop_slow(self)
-        elif self.phase is Phase.OPEN:
-            self.manager.messages_out += 1
-            self.manager.bytes_out += len(frame)
-            self.write(frame)
+        if self.phase is not _OPEN:
+            return
+        if not self.is_queueing:
+            if self._holds & HOLD_WRITES and self.is_behind:
+                return self.manager.drop_slow(self)
+            self.is_queueing = True
+            self.loop.call_soon(self.flush)
+        self._queue.append(frame)
+        if len(frame) > FLUSH_BYTES or len(self._queue) >= FLUSH_FRAMES:
+            self.flush()
+            self.is_queueing = True  # as the read or the callback that will flush the rest expects
 
     def write(self, data: bytes) -> None:
         """Give the socket what it takes at once, and the transport the rest."""
@@ -918,13 +941,18 @@ class Connection(ServerConnection):
             self._drained.set_result(None)
             self._drained = None
 
-    def flush_answers(self) -> None:
-        answers, self._answers = self._answers, None
-        if answers:
-            joined = answers[0] if len(answers) == 1 else b"".join(answers)
-            self.manager.messages_out += len(answers)
-            self.manager.bytes_out += len(joined)
-            self.write(joined)
+    def flush(self) -> None:
+        """Write what is queued, in one piece."""
+        self.is_queueing = False
+        queue = self._queue
+        if queue:
+            frames = queue[0] if len(queue) == 1 else b"".join(queue)
+            count = len(queue)
+            queue.clear()
+            if self.phase is _OPEN:
+                self.manager.messages_out += count
+                self.manager.bytes_out += len(frames)
+                self.write(frames)
 
     def _send_library_data(self) -> None:
         """Write what the library has to say, behind our own answers; follow it into closing."""
@@ -933,7 +961,7 @@ class Connection(ServerConnection):
             if pieces:  # pongs, which keep their place among the answers
                 self.send_frame(b"".join(pieces))
             return
-        self.flush_answers()
+        self.flush()
         # Behind a close frame come pongs alone; who does not read them gets no more.
         if pieces and (self.phase is Phase.OPEN or not self.is_behind):
             self.write(b"".join(pieces))
@@ -1041,6 +1069,7 @@ class Connection(ServerConnection):
     def _begin_closing(self) -> None:
         if self.phase is not Phase.OPEN or self.door is None:
             return
+        self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
         self.door.leave()
         self.deadline = self.loop.time() + self.manager.config.close_timeout_s
@@ -1239,8 +1268,8 @@ class SocketClient(Client):
     def wrap(self, envelope: bytes, ack: int | None) -> bytes:
         """An envelope as the text of an ack or of an `rpc_response` event."""
         if ack is None:
-            return b"%b%b]" % (self.event_head, envelope)
-        return b"%b%d[%b]" % (self.ack_head, ack, envelope)
+            return self.event_head + envelope + b"]"
+        return b"".join((self.ack_head, b"%d[" % ack, envelope, b"]"))
 
     def encode_special(self, envelope: dict[str, Any], ack: int | None) -> bool:
         packet = Packet(PacketType.ACK, self.namespace, [envelope], ack)
@@ -1267,7 +1296,7 @@ class SocketClient(Client):
     def accept(self, missed: Iterable[tuple[str, bytes]]) -> None:
         """Send what the client missed, the CONNECT answer, and what was held back for it."""
         held, self._held = self._held or (), None
-        self.session.connected[encode_namespace(self.namespace) or None] = self
+        self.session.connected[encode_namespace(self.namespace)] = self
         for offset, envelope in missed:
             self.send_frame(frame_text(encode_broadcast(self.event_head, envelope, offset)))
         answer = {"sid": self.id} if self.pid is None else {"sid": self.id, "pid": self.pid}
@@ -1316,7 +1345,7 @@ class SocketSession(Door):
         self.manager = connection.manager
         self.sid = new_id()
         self.clients: dict[str, SocketClient] = {}  # connecting ones too
-        self.connected: dict[bytes | None, SocketClient] = {}  # by what packets begin with
+        self.connected: dict[bytes, SocketClient] = {}  # by the namespace as packets have it
         self.is_authorized = is_authorized  # by the handshake; else each CONNECT needs the token
         self.pending: Packet | None = None  # a packet whose attachments are still to come
         self.attachments: list[bytes] = []
@@ -1340,9 +1369,15 @@ class SocketSession(Door):
         try:
             if not is_text:
                 return self._receive_attachment(payload)
-            fast = _EVENT.match(payload)
-            if fast is not None and self.pending is None:
-                return self._receive_event(payload, fast)
+            start = payload.find(b"[")
+            if start > 0 and payload.startswith(b"42") and self.pending is None:
+                # The fast lane, for `42/ws,7["rpc",{...}]`.
+                head = payload[2:start]
+                prefix = head.rstrip(b"0123456789")
+                client = self.connected.get(prefix)
+                if client is not None and len(head) - len(prefix) <= MAX_ACK_DIGITS:
+                    ack = int(head[len(prefix) :]) if len(head) > len(prefix) else None
+                    return handle_event(client, decode_event(payload[start:]), ack, len(payload))
             handler = _ENGINE_HANDLERS.get(payload[:1])
             if handler is None:
                 raise BadPacket("unknown packet type")
@@ -1383,25 +1418,12 @@ class SocketSession(Door):
 
     # Socket.IO packets.
 
-    def _receive_event(self, payload: bytes, match: re.Match[bytes]) -> bytes | None:
-        """The fast lane for `42/ws,7["rpc",{...}]`: one match, one JSON value."""
-        prefix, digits = match.groups()
-        client = self.connected.get(prefix)
-        if client is None:
-            raise BadPacket("event before connect")
-        try:
-            event = loads(payload[match.end() - 1 :])
-        except JSONDecodeError:
-            raise BadPacket("invalid payload") from None
-        ack = int(digits) if digits else None
-        if not event or (event[0] != "rpc" and not _is_event(event)):
-            raise BadPacket("invalid payload")
-        return handle_event(client, event, ack, len(payload))
-
     def _find_handler(self, packet: Packet) -> SocketHandler:
         client = self.clients.get(packet.namespace)
         standing = Standing.ABSENT if client is None else client.standing
         handler = _SOCKET_HANDLERS.get((standing, packet.type))
+        if handler is None and packet.type in _EVENT_KINDS:
+            raise BadPacket("event before connect")
         if handler is None:
             raise BadPacket(f"{packet.type.name} while {standing.value}")
         return handler
@@ -1433,7 +1455,7 @@ class SocketSession(Door):
         """A client leaves its namespace; the session goes on."""
         if self.clients.get(client.namespace) is client:
             del self.clients[client.namespace]
-            self.connected.pop(encode_namespace(client.namespace) or None, None)
+            self.connected.pop(encode_namespace(client.namespace), None)
             self.manager.leave(client, self.manager.sockets[client.namespace], reason)
 
     def leave(self) -> None:
@@ -1451,8 +1473,6 @@ class SocketSession(Door):
         if not self.clients:
             self.connection.deadline = min(self.connection.deadline, self.connect_deadline)
 
-
-_EVENT = re.compile(rb"42(/[^,]{1,255},)?(\d{1,15})?\[")
 
 # State machines as data; what is absent is the peer's mistake.
 SocketHandler = Callable[[SocketSession, Packet, int], "bytes | None"]
@@ -1611,6 +1631,7 @@ class WebSocketManager:
         self.services = self._make_services(services)
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
+        self.notify_commands: tuple[Command, Command]  # without and with a backplane
         add_manager_commands(self)
         self.connections: set[Connection] = set()
         self.raw: set[RawClient] = set()
@@ -1656,6 +1677,7 @@ class WebSocketManager:
         self.sockets: dict[str, set[SocketClient]] = {
             namespace: set() for namespace in ("/", "/ws", "/ws/", *config.namespaces)
         }
+        self.max_message_bytes = config.max_message_bytes
         self.max_connections = config.max_clients + PENDING_CONNECTIONS
         # Longest broadcast in the backplane: what came in as a request fits.
         self.max_entry_bytes = max(config.max_message_bytes, config.max_body_bytes) + ENVELOPE_BYTES
@@ -1681,6 +1703,10 @@ class WebSocketManager:
         """Share broadcasts through `backplane`, or keep them in this process."""
         self.services.pop("backplane", None)
         self.backplane = backplane
+        if self.commands.commands["notify"] in self.notify_commands:  # no program's own
+            # Only with a backplane there is something to wait for.
+            self.commands.commands["notify"] = self.notify_commands[backplane is not None]
+            self.commands.prepared.clear()
         if backplane is not None:
             self.services["backplane"] = backplane
             self._watch(backplane)
@@ -1789,7 +1815,8 @@ class WebSocketManager:
         if self.loop is None:  # nobody is served yet
             self.flush_broadcasts()
         elif len(self._pending) == 1:
-            self.loop.call_soon(self.flush_broadcasts)
+            turns = min(len(self.connections) // CLIENTS_A_TURN, MAX_TURNS)
+            self.loop.call_soon(self._flush_soon, self.broadcasts, turns)
         elif self._pending_bytes > FLUSH_BROADCAST_BYTES:
             self.flush_broadcasts()
 
@@ -1822,6 +1849,20 @@ class WebSocketManager:
         """Every client that broadcasts go to."""
         return [*self.raw, *(client for members in self.sockets.values() for client in members)]
 
+    def _flush_soon(self, first: int, turns: int) -> None:
+        """Flush after some turns of the loop: what is about to be broadcast leaves with it.
+
+        first: the number of the oldest broadcast that waits, unless others have flushed it.
+        """
+        if self.broadcasts - len(self._pending) + 1 != first:
+            return
+        if turns:
+            cast("asyncio.AbstractEventLoop", self.loop).call_soon(
+                self._flush_soon, first, turns - 1
+            )
+        else:
+            self.flush_broadcasts()
+
     def flush_broadcasts(self) -> None:
         """Write what was broadcast in this iteration of the loop: one write a client."""
         pending, self._pending = self._pending, []
@@ -1846,7 +1887,7 @@ class WebSocketManager:
         self.bytes_out += len(frames) * len(clients)
         for client in tuple(clients):  # a snapshot: a slow client is dropped while we iterate
             connection = client.connection
-            if connection._holds or connection._answers is not None:
+            if connection._holds or connection.is_queueing:
                 connection.send_frame(frames)
             else:
                 connection.write(frames)
@@ -2149,15 +2190,20 @@ def as_handler(function: Callable[..., Any], inline: bool) -> Command:
 def add_manager_commands(manager: WebSocketManager) -> None:
     """The built-in commands that need the manager: notify and clients."""
 
-    async def notify(*message: str, level: Level = "info") -> dict[str, int]:
+    def notify(*message: str, level: Level = "info") -> dict[str, int]:
         """Send a notification to every client.
 
         The message is put together from all words.
         """
+        return {"clients": manager.broadcast("notification", joined(message, level))}
+
+    async def publish(*message: str, level: Level = "info") -> dict[str, int]:
+        return {"clients": await manager.publish("notification", joined(message, level))}
+
+    def joined(message: tuple[str, ...], level: str) -> dict[str, str]:
         if not message:
-            raise UsageError(f"usage: {manager.commands.commands['notify'].usage}")
-        data = notification(" ".join(message), level)
-        return {"clients": await manager.publish("notification", data)}
+            raise UsageError(f"usage: {manager.notify_commands[0].usage}")
+        return notification(" ".join(message), level)
 
     async def clients(context: Context) -> dict[str, Any]:
         """List who is connected."""
@@ -2166,9 +2212,11 @@ def add_manager_commands(manager: WebSocketManager) -> None:
         you = getattr(context.client, "id", None)
         return {"count": len(everyone), "you": you, "clients": listed}
 
-    for function in (notify, clients):
-        if function.__name__ not in manager.commands.commands:
-            manager.commands.command(function)
+    publish.__doc__ = notify.__doc__
+    manager.notify_commands = (Command(notify, inline=True), Command(publish, name="notify"))
+    for command in (manager.notify_commands[0], Command(clients)):
+        if command.name not in manager.commands.commands:
+            manager.commands.add(command)
 
 
 # --- 7 dispatch --------------------------------------------------------------------------------
@@ -2287,9 +2335,7 @@ class Request:
             self.client.deliver(answer, self.ack)
 
 
-def handle_rpc(
-    client: Client, message: dict[str, Any], ack: int | None, size: int
-) -> bytes | None:
+def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: int) -> bytes | None:
     """Answer one request of our own form, now or later. Never raises.
 
     The fast lane: a command line that is ready to run, and needs no task, needs no Request either.
@@ -3006,9 +3052,10 @@ def upgrade(connection: Connection, request: HttpRequest, rest: bytes) -> None:
         raise Refused("unavailable", f"the server is {what}", headers={"Retry-After": "5"})
     handshake = accept_handshake(request)
     connection.head = None  # 1.7 KiB that nobody needs any more
-    connection._answers = [handshake]  # what follows it leaves in the same write
+    connection._queue.append(handshake)
+    connection.is_queueing = True  # what follows it leaves in the same write
     (_open_engine if is_engine else _open_raw)(connection, request)
-    connection.flush_answers()
+    connection.flush()
     if rest:
         manager.bytes_in -= len(rest)  # counted with the head that it came with
         connection.data_received(rest)
@@ -3065,7 +3112,7 @@ def refuse_old_client(session: SocketSession) -> None:
     handshake = {"sid": session.sid, "upgrades": [], "pingInterval": 25000, "pingTimeout": 20000}
     for packet in (b"0" + dumps(handshake), b"40", b"44/ws," + text, b"44" + text):
         session.connection.send_frame(frame_text(packet))
-    session.connection.flush_answers()
+    session.connection.flush()
     session.connection.close(CloseCode.POLICY_VIOLATION, "Engine.IO protocol 4 is needed")
 
 
@@ -3442,7 +3489,7 @@ class Server:
         self.sockets = list(self._websocket_server.sockets)
         manager.loop, manager._thread = asyncio.get_running_loop(), threading.get_ident()
         if hasattr(select, "epoll"):  # Linux
-            manager.reader = SocketReader(manager.loop)
+            manager.reader = SocketReader(manager, manager.loop)
         self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
         self._sweep.add_done_callback(self._sweep_ended)
         self._monitor = Monitor(manager.services.values())
