@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from probe import Door
 from servers import Server
 from works import Bench, LoadFailed, Sample, most_clients
 
@@ -29,6 +30,7 @@ class Growth:
     steps: tuple[int, ...]
     options: Callable[[int], str]
     cost: Callable[[Sample, int], float]
+    door: Door = "raw"
 
 
 def per_request(report: Sample, step: int) -> float:
@@ -72,6 +74,12 @@ GROWTHS = [
            lambda n: f"--clients 1 --size {n} --drip-us 15", per_step),
     Growth("KiB of a request cut into 1 KiB fragments", "us a KiB", (16, 64, 256, 960),
            lambda n: f"--clients 1 --size {n * 1024} --fragments {n}", per_step),
+    Growth("attachments of 1 KiB of a Socket.IO request", "us an attachment", (1, 2, 5, 10),
+           lambda n: f"--clients 1 --attachments {n} --attachment-bytes 1024", per_step,
+           "socket.io"),
+    Growth("KiB of the 10 attachments of a Socket.IO request", "us a KiB", (10, 100, 1_000),
+           lambda n: f"--clients 1 --attachments 10 --attachment-bytes {n * 102}", per_step,
+           "socket.io"),
 ]
 # fmt: on
 
@@ -85,7 +93,8 @@ def measure_growth(bench: Bench, server: Server) -> list[dict[str, Any]]:
             if "clients" in growth.title and step + 64 > most_clients():
                 continue
             try:
-                report = bench.load(bench.process(server), "raw", *growth.options(step).split())
+                process, options = bench.process(server), growth.options(step).split()
+                report = bench.load(process, growth.door, *options)
                 points.append([step, round(growth.cost(report, step), 4)])
             except LoadFailed as reason:
                 points.append([step, str(reason)])

@@ -51,6 +51,7 @@ static struct {
     long port, socketio;            /* socketio: 1 = Socket.IO door, 0 = raw door */
     long clients, inflight;         /* clients that request, requests in flight of each */
     long size, fragments;           /* bytes of a request's JSON, frames it is cut into */
+    long attachments, attachment_bytes; /* binary frames behind each Socket.IO request */
     long drip_us;                   /* > 0: one byte a write, this long after the one before */
     long every_us;                  /* > 0: requests on a schedule instead of a closed loop */
     long listeners;                 /* clients that only listen */
@@ -69,7 +70,8 @@ static const struct { const char *name; long *value; } OPTIONS[] = {
     {"--publish", &opt.publish}, {"--publish-every-us", &opt.publish_every_us},
     {"--slow", &opt.slow}, {"--handshakes", &opt.handshakes}, {"--hold", &opt.hold},
     {"--milliseconds", &opt.milliseconds}, {"--warmup-ms", &opt.warmup_ms}, {"--pid", &opt.pid},
-    {"--status", &opt.status},
+    {"--status", &opt.status}, {"--attachments", &opt.attachments},
+    {"--attachment-bytes", &opt.attachment_bytes},
 };
 
 static void parse_options(int argc, char **argv) {
@@ -195,7 +197,7 @@ static void flush(Client *c) {
 
 /* ---- frames ----------------------------------------------------------------------------------- */
 
-enum { CONTINUATION = 0, TEXT = 1, CLOSE = 8, PING = 9, PONG = 10 };
+enum { CONTINUATION = 0, TEXT = 1, BINARY = 2, CLOSE = 8, PING = 9, PONG = 10 };
 static const uint8_t MASK[4] = {0x37, 0xfa, 0x21, 0x3d};
 
 static void append_frame(Buffer *b, int opcode, bool final, const char *payload, size_t len) {
@@ -248,6 +250,26 @@ static void find_numbers(Template *t, const char *json, const char *marker, size
     }
 }
 
+/* The event `rpc`, asking for an ack; attachments are further arguments of it. */
+static char *make_event(const char *json) {
+    char kind[16] = "2", *text, *longer;
+    if (opt.attachments) snprintf(kind, sizeof kind, "5%ld-", opt.attachments);
+    if (asprintf(&text, "4%s/ws,%d[\"rpc\",%s", kind, FIRST_ID, json) < 0) abort();
+    for (long k = 0; k < opt.attachments; k++, text = longer) {
+        if (asprintf(&longer, "%s,{\"_placeholder\":true,\"num\":%ld}", text, k) < 0) abort();
+        free(text);
+    }
+    if (asprintf(&longer, "%s]", text) < 0) abort();
+    free(text);
+    return longer;
+}
+
+static void append_attachment(Buffer *b) {
+    char *bytes = calloc(1, (size_t)opt.attachment_bytes + 1);
+    append_frame(b, BINARY, true, bytes, (size_t)opt.attachment_bytes);
+    free(bytes);
+}
+
 static Template make_template(const char *command, long size, long fragments) {
     Template t = {0};
     char *params = NULL, *json = NULL, *text = NULL;
@@ -263,9 +285,8 @@ static Template make_template(const char *command, long size, long fragments) {
         memset(json + n - 3, 'x', more);
         memcpy(json + n - 3 + more, "\"}}", 4);
     }
-    if (opt.socketio) {
-        if (asprintf(&text, "42/ws,%d[\"rpc\",%s]", FIRST_ID, json) < 0) abort();
-    } else text = strdup(json);
+    if (opt.socketio) text = make_event(json);
+    else text = strdup(json);
 
     size_t len = strlen(text), step = (len + (size_t)fragments - 1) / (size_t)fragments;
     for (size_t from = 0; from < len; from += step) {
@@ -275,6 +296,7 @@ static Template make_template(const char *command, long size, long fragments) {
     size_t first = len < step ? len : step;
     size_t head = first < 126 ? 6 : first < 65536 ? 8 : 14;
     find_numbers(&t, text, "10000000", head);
+    for (long k = 0; k < opt.attachments; k++) append_attachment(&t.bytes);
     free(params); free(json); free(text);
     return t;
 }

@@ -147,7 +147,8 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def goals_rows(result: Result) -> list[list[str]]:
-    servers = [name for name in ("karna", "karna-uvloop") if name not in result["skipped"]]
+    known = ("karna", "karna-uvloop", "karna-module")
+    servers = [name for name in known if name not in result["skipped"]]
     rows = [["work", "wanted", *servers]]
     for goal in GOALS:
         values = [goal_value(goal, server, result) for server in servers]

@@ -133,9 +133,14 @@ def measure(
     return result
 
 
+def can_do(server: Server, work: Work) -> bool:
+    is_meant = server.name.startswith(work.only) and work.name in (server.works or [work.name])
+    return work.door in server.doors and is_meant
+
+
 def measure_works(bench: Bench, servers: list[Server], works: list[Work], result: Result) -> None:
     for work in works:
-        able = [s for s in servers if work.door in s.doors and s.name.startswith(work.only)]
+        able = [server for server in servers if can_do(server, work)]
         samples: dict[str, list[Sample]] = result["samples"][work.name]
         for round_number in range(min(result["rounds"], work.rounds)):
             # There and back: a drift of the machine's speed then falls on all alike.
@@ -153,14 +158,14 @@ def measure_works(bench: Bench, servers: list[Server], works: list[Work], result
 
 def measure_growths(bench: Bench, servers: list[Server], result: Result) -> None:
     for server in servers:
-        if server.name.startswith("karna"):
+        if server.name.startswith("karna") and not server.works:
             lines = result["growth"][server.name] = measure_growth(bench, server)
             print(f"\nHow cost grows: {server.name}\n{aligned(growth_rows(lines))}", flush=True)
 
 
 def measure_curves(bench: Bench, servers: list[Server], result: Result) -> None:
     """The C server stays out: it answers the same few bytes whatever it is sent."""
-    raw = [server for server in servers if "raw" in server.doors and server.name != "c-epoll"]
+    raw = [s for s in servers if "raw" in s.doors and not s.works and s.name != "c-epoll"]
     for along in CURVES:
         print(f"\ncurves along {along}", flush=True)
         rounds = min(result["rounds"], 3)

@@ -42,6 +42,8 @@ class Server:
     title: str
     doors: tuple[Door, ...]
     command: Callable[[int], list[str]]
+    works: tuple[str, ...] = ()  # the only ones to measure; empty for all of its doors
+    folder: Path | None = None  # where it is started
 
 
 def python_peer(name: str) -> Callable[[int], list[str]]:
@@ -66,12 +68,25 @@ def karna(loop: str, karna_ws: Path) -> Callable[[int], list[str]]:
     return command
 
 
+def karna_module(port: int) -> list[str]:
+    """The same as a module: Python keeps its bytecode, where it compiles a script each time."""
+    return [sys.executable, "-m", "karna_ws", "--port", str(port), "--loop", "asyncio"]
+
+
 def all_servers(karna_ws: Path) -> list[Server]:
     raw: tuple[Door, ...] = ("raw",)
     both: tuple[Door, ...] = ("raw", "socket.io")
     return [
         Server("karna", "Karna WS, asyncio", both, karna("asyncio", karna_ws)),
         Server("karna-uvloop", "Karna WS, uvloop", both, karna("uvloop", karna_ws)),
+        Server(
+            "karna-module",
+            "Karna WS, python -m karna_ws",
+            raw,
+            karna_module,
+            works=("start", "resident"),
+            folder=karna_ws.parent,
+        ),
         Server("fastapi", "FastAPI, uvicorn[standard]", raw, python_peer("fastapi")),
         Server("websockets", "websockets, as documented", raw, python_peer("websockets")),
         Server("aiohttp", "aiohttp", raw, python_peer("aiohttp")),
@@ -188,11 +203,13 @@ class Process:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         command = server.command(self.port)
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(CACHE / "pycache")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         began = time.perf_counter()
         with pinned(core):
             self.process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=self.errors, env=environment
-            )
+                command, stdout=subprocess.DEVNULL, stderr=self.errors, env=environment,
+                cwd=server.folder,
+            )  # fmt: skip
         try:
             self._wait_for_answer()
             self.start_ms = (time.perf_counter() - began) * 1000
