@@ -235,7 +235,7 @@ class Config:
                 )
         for name in self.namespaces:
             if not name.startswith("/") or "," in name or len(name) > MAX_NAMESPACE_BYTES:
-                raise ValueError(f"namespace must start with / and hold no comma: {name!r}")
+                raise ValueError(f"namespaces must start with / and hold no comma: {name!r}")
 
     def _check(self, name: str, declared: str, low: float) -> None:
         value = getattr(self, name)
@@ -2427,7 +2427,10 @@ def call_method(request: Request, method: str, params: dict[str, Any]) -> bytes 
     command = methods.get(method)
     if command is None:
         known = ", ".join([*BUILT_IN_METHODS, *methods])
-        raise Refused("unknown_method", f"no such method; there are {known}", method=method)
+        text = f"no such method; there are {known}"
+        if method in request.client.manager.commands.commands:
+            text += f"; {method} is a command, which execute_command runs"
+        raise Refused("unknown_method", text, method=method)
     return submit(request, bind_method, command, params)
 
 
@@ -3575,6 +3578,8 @@ class Server:
         self._websocket_server.close(close_connections=False)
         for connection in tuple(manager.connections):
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
+            if connection.phase is Phase.HEAD:  # it has asked for nothing yet
+                connection.abort()
         await self._wait_for_peers(min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S))
         for connection in tuple(manager.connections):
             connection.abort()
@@ -3818,7 +3823,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_flag(group: Any, option: Any) -> None:
     default, metadata = option.default, option.metadata
-    flag = "--" + (metadata["flag"] or option.name.removesuffix("_s").replace("_", "-"))
+    flag = _flag(option)
     given = _environment(flag)
     metavar = metadata["metavar"] or option.name.upper()
     more: dict[str, Any] = {"dest": option.name, "help": metadata["help"]}
@@ -3835,6 +3840,11 @@ def _add_flag(group: Any, option: Any) -> None:
         more |= {"type": kind, "metavar": metavar, "default": default if given is None else given}
         more["help"] += "" if default is None else " (default: %(default)s)"
     group.add_argument(flag, **more)
+
+
+def _flag(option: Any) -> str:
+    name: str = option.metadata["flag"] or option.name.removesuffix("_s").replace("_", "-")
+    return f"--{name}"
 
 
 def _variable(flag: str) -> str:
@@ -3880,6 +3890,9 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
 
 def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     """The manager that the command line describes. Raises ValueError that names the flag."""
+    for service in ("vision", "language"):
+        if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
+            raise ValueError(f"--{service}-model needs --{service}-url")
     vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
     language = LanguageService(url=arguments.language_url, model=arguments.language_model)
     manager = WebSocketManager(services=[vision, language])
@@ -3887,6 +3900,25 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
         name, _, path = program.partition("=")
         manager.commands.allow_program(name, path or None)
     return manager
+
+
+def warn_of_misspelt(environment: Iterable[str], arguments: Iterable[str]) -> None:
+    """A variable that is nearly one of ours does nothing, and its owner should know."""
+    flags = [*map(_flag, fields(Config)), *arguments, "vision-key", "language-key"]
+    known = {_variable(flag) for flag in flags}
+    for name in environment:
+        if name.startswith("KARNA_") and name not in known:
+            from difflib import get_close_matches
+
+            for meant in get_close_matches(name, known, 1, 0.8):
+                log.warning("the variable %s means nothing; is it %s?", name, meant)
+
+
+def in_terms_of_flags(error: Exception) -> str:
+    """An error's text; the option that it begins with as the flag that people know."""
+    name, _, rest = str(error).partition(" ")
+    flags = {option.name: _flag(option) for option in fields(Config)}
+    return f"{flags.get(name, name)} {rest}"
 
 
 def new_event_loop(name: str) -> asyncio.AbstractEventLoop:
@@ -4000,6 +4032,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         set_up_logging(arguments.log_level)
+        warn_of_misspelt(os.environ, vars(arguments))
         options = {option.name: getattr(arguments, option.name) for option in fields(Config)}
         config = make_config(options)
         manager = make_manager(arguments)
@@ -4012,7 +4045,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             last_resort.start()
         last_resort.cancel()
     except (StartError, ValueError) as error:
-        say(f"karna_ws: {error}", sys.stderr)
+        say(f"karna_ws: {in_terms_of_flags(error)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

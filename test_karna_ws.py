@@ -476,8 +476,8 @@ def execute(line: str, id: Any = None, **params: Any) -> dict[str, Any]:
             {"allow_origin": "https://a.example/"},
             "allow_origin must look like https://app.example, without a path: 'https://a.example/'",
         ),
-        ({"namespaces": "chat"}, "namespace must start with / and hold no comma: 'chat'"),
-        ({"namespaces": ["/a,b"]}, "namespace must start with / and hold no comma: '/a,b'"),
+        ({"namespaces": "chat"}, "namespaces must start with / and hold no comma: 'chat'"),
+        ({"namespaces": ["/a,b"]}, "namespaces must start with / and hold no comma: '/a,b'"),
     ],
 )
 def test_config_refuses_wrong_value_in_one_line(options: dict[str, Any], complaint: str) -> None:
@@ -2283,6 +2283,7 @@ REQUEST_ERRORS: list[tuple[Any, str, str]] = [
     ({"method": ""}, "unknown_method", "get_status, execute_command, cancel"),
     ({"method": "nope"}, "unknown_method", '"method": "nope"'),
     ({"method": "GET_STATUS"}, "unknown_method", "GET_STATUS"),
+    ({"method": "echo"}, "unknown_method", "echo is a command, which execute_command runs"),
     ({"method": "__class__"}, "unknown_method", "__class__"),
     ({"method": EXECUTE}, "invalid_params", '"command'),
     ({"method": EXECUTE, "params": {"command": ""}}, "invalid_params", '"command'),
@@ -3617,12 +3618,15 @@ def test_help_names_every_option_in_its_group() -> None:
         (["--nope"], {}, "--nope"),
         (["stray"], {}, "stray"),
         (["--port", "high"], {}, "--port"),
-        (["--port", "99999"], {}, "port must be 65535 at most"),
-        (["--max-clients", "0"], {}, "max_clients must be 1 or more"),
-        (["--ping-timeout", "nan"], {}, "ping_timeout_s"),
-        (["--loop", "trio"], {}, "loop must be"),
+        (["--port", "99999"], {}, "--port must be 65535 at most"),
+        (["--max-clients", "0"], {}, "--max-clients must be 1 or more"),
+        (["--ping-timeout", "nan"], {}, "--ping-timeout must be"),
+        (["--grace", "-1"], {}, "--grace must be 0 or more"),
+        (["--loop", "trio"], {}, "--loop must be"),
         (["--log-level", "loud"], {}, "--log-level"),
-        (["--allow-origin", "nonsense"], {}, "allow_origin"),
+        (["--allow-origin", "nonsense"], {}, "--allow-origin must"),
+        (["--max-message", "1"], {}, "--max-message must be 128 or more"),
+        (["--language-model", "x"], {}, "--language-model needs --language-url"),
         (["--allow-program", "no-such-program-here"], {}, "no-such-program-here"),
         (["--certfile", "/nonexistent.pem", "--port", "0"], {}, "/nonexistent.pem"),
         (["--host", "0.0.0.0", "--port", "0"], {}, "--insecure-no-token"),
@@ -3640,6 +3644,18 @@ def test_wrong_command_line_ends_with_one_line_and_exit_code_2(
     assert ended.stdout == ""
     assert ended.stderr.startswith("karna_ws: ") and part.lower() in ended.stderr.lower()
     assert ended.stderr.count("\n") == 1
+
+
+def test_misspelt_variable_is_reported_with_what_it_may_mean() -> None:
+    ended = run_main("--port", "nope", KARNA_PROT="1")
+    assert "KARNA_PROT" not in ended.stderr  # an error is one line
+    logged: list[tuple[Any, ...]] = []
+    names = ["KARNA_PROT", "KARNA_MAX_CLIENT", "KARNA_SOMETHING_ELSE", "KARNA_GRACE", "PORT",
+             "KARNA_LOG_LEVEL", "KARNA_VISION_KEY", "KARNA_RECOVERY", "KARNA_MAX_UNSENT"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(karna_ws.log, "warning", lambda text, *values: logged.append(values))
+        karna_ws.warn_of_misspelt(names, vars(karna_ws.make_parser().parse_args([])))
+    assert logged == [("KARNA_PROT", "KARNA_PORT"), ("KARNA_MAX_CLIENT", "KARNA_MAX_CLIENTS")]
 
 
 # --- who may come in, limits, frames, lifecycle -----------------------------------------------
@@ -3750,7 +3766,8 @@ class Peer:
 
     async def at_end(self) -> bool:
         """Wait for one more byte or the end of the stream; is it the end?"""
-        if not self.reader._buffer and not self.reader.at_eof():  # type: ignore[attr-defined]
+        is_over = self.reader.at_eof() or self.reader.exception() is not None
+        if not self.reader._buffer and not is_over:  # type: ignore[attr-defined]
             with contextlib.suppress(ConnectionResetError):
                 await self.reader._wait_for_data("at_end")  # type: ignore[attr-defined]
         return not self.reader._buffer  # type: ignore[attr-defined]
@@ -5748,6 +5765,21 @@ async def test_shutdown_is_not_held_up_by_any_peer(monkeypatch: pytest.MonkeyPat
         assert await silent.at_end()
 
 
+async def test_shutdown_does_not_wait_for_who_has_asked_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(karna_ws, "SHUTDOWN_CLOSE_S", 1000.0)
+    manager = WebSocketManager()
+    async with (
+        hardening_serving(manager, port=0, close_timeout_s=1000.0) as server,
+        dial(server.port) as silent, dial(server.port) as half,
+    ):  # fmt: skip
+        await half.send(upgrade()[:-2])
+        await until(lambda: len(manager.connections) == 2)
+        await server.close()
+        assert await silent.at_end() and await half.at_end()
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
@@ -6490,10 +6522,10 @@ WRONG_STARTS: list[tuple[list[str], dict[str, str], str]] = [
     (["--token", " "], {}, "token"),
     (["--log-level", "loud"], {}, "--log-level"),
     (["--loop", "tornado"], {}, "uvloop"),
-    (["--max-clients", "0"], {}, "max_clients"),
+    (["--max-clients", "0"], {}, "--max-clients"),
     (["--max-message", "nan"], {}, "--max-message"),
-    (["--command-timeout", "nan"], {}, "command_timeout"),
-    (["--command-timeout", "inf"], {}, "command_timeout"),
+    (["--command-timeout", "nan"], {}, "--command-timeout"),
+    (["--command-timeout", "inf"], {}, "--command-timeout"),
     (["--grace", "-1"], {}, "grace"),
     (["--allow-origin", "app.example"], {}, "https://app.example"),
     (["--allow-origin", "*"], {}, "https://app.example"),
@@ -6507,7 +6539,7 @@ WRONG_STARTS: list[tuple[list[str], dict[str, str], str]] = [
     (["--vision-url", "gopher://x"], {}, "http://localhost"),
     ([], {"KARNA_PORT": "x"}, "--port"),
     ([], {"KARNA_MAX_CLIENTS": "many"}, "--max-clients"),
-    ([], {"KARNA_MAX_CLIENTS": "-3"}, "max_clients"),
+    ([], {"KARNA_MAX_CLIENTS": "-3"}, "--max-clients"),
     ([], {"KARNA_REUSE_PORT": "perhaps"}, "KARNA_REUSE_PORT"),
     ([], {"KARNA_ALLOW_ORIGIN": "https://a.example,null"}, "null"),
     ([], {"KARNA_TOKEN": " "}, "token"),
