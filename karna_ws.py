@@ -539,6 +539,10 @@ ENGINE_PING_FRAME = frame_text(b"2")  # Engine.IO ping, for the Socket.IO door
 # client) is bypassed; the names of its that we rely on without a promise are gathered here, and
 # `test_library_has_the_private_names_we_use` says so when a release changes them.
 #
+# asyncio accepts, closes, keeps what a socket does not take, and does TLS and HTTP. Where there is
+# epoll, open WebSockets are read and written by us: one SocketReader for all of them, and a write
+# straight to the socket while nothing waits before it.
+#
 #   ServerProtocol.receive_data, receive_eof, events_received, data_to_send, send_close, fail,
 #   state, parse, parser, reader.eof, eof_sent, current_size       Frame.opcode, .data, .fin
 
