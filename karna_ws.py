@@ -565,6 +565,9 @@ HOLD_CONNECT = 4  # its connect handler is still deciding
 HOLD_CLOSED = 8  # nothing that still arrives counts
 
 NEVER = math.inf
+# What a program's code may raise on the loop, and must not end other clients or the process. A
+# KeyboardInterrupt is not its doing.
+FAULTS = (Exception, asyncio.CancelledError, SystemExit)
 _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
 
@@ -581,9 +584,15 @@ class SocketReader:
         self._loop = loop
         self._connections: dict[int, Connection] = {}
         self._epoll = select.epoll()
-        # Edge-triggered: a socket that was read empty is not looked at again until more arrives.
-        self._events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+        self._events = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
         loop.add_reader(self._epoll.fileno(), self._read)
+
+    def trust_edges(self) -> None:
+        """Look at a socket that was read empty only when more arrives.
+
+        Not for Unix sockets: a read of theirs also ends early where descriptors were sent along.
+        """
+        self._events |= select.EPOLLET
 
     def add(self, connection: Connection) -> None:
         """Read this connection from now on."""
@@ -622,7 +631,7 @@ class SocketReader:
                 received += len(data)
                 try:
                     connection.take(data) if data else connection.take_end()
-                except Exception as exc:  # a bug of ours ends this client, not the others
+                except FAULTS as exc:  # a bug of ours ends this client, not the others
                     self.manager.log_error(f"{connection.name} failed", exc)
                     connection.abort()
                 if len(data) > FLUSH_BYTES:
@@ -717,6 +726,7 @@ class Connection(ServerConnection):
 
     def resume_writing(self) -> None:
         self.allowance = 0
+        self.heard = True  # who takes what we write lives, even if we can't listen meanwhile
         self.release(HOLD_WRITES)
         self._wake_writers()
 
@@ -789,7 +799,7 @@ class Connection(ServerConnection):
                 messages += 1
                 try:
                     answer = receive(payload, first == 0x81)
-                except Exception as exc:
+                except FAULTS as exc:
                     self._receive_failed(payload, first == 0x81, exc)
                 else:
                     if answer is None:
@@ -857,13 +867,13 @@ class Connection(ServerConnection):
         assert self.door is not None
         try:
             answer = self.door.receive(payload, self._parts_are_text)
-        except Exception as exc:
+        except FAULTS as exc:
             self._receive_failed(payload, self._parts_are_text, exc)
         else:
             if answer is not None:
                 self.send_frame(frame_text(answer))
 
-    def _receive_failed(self, payload: bytes, is_text: bool, exc: Exception) -> None:
+    def _receive_failed(self, payload: bytes, is_text: bool, exc: BaseException) -> None:
         """Text that is not UTF-8 ends the connection (RFC 6455, 8.1); a bug of ours does not."""
         try:
             if is_text:
@@ -889,9 +899,9 @@ class Connection(ServerConnection):
         """
         if self.phase is not _OPEN:
             return
+        if self._holds & HOLD_WRITES and self.is_behind:
+            return self.manager.drop_slow(self)
         if not self.is_queueing:
-            if self._holds & HOLD_WRITES and self.is_behind:
-                return self.manager.drop_slow(self)
             self.is_queueing = True
             self.loop.call_soon(self.flush)
         self._queue.append(frame)
@@ -1707,7 +1717,7 @@ class WebSocketManager:
         """Share broadcasts through `backplane`, or keep them in this process."""
         self.services.pop("backplane", None)
         self.backplane = backplane
-        if self.commands.commands["notify"] in self.notify_commands:  # no program's own
+        if self.commands.commands.get("notify") in self.notify_commands:  # no program's own
             # Only with a backplane there is something to wait for.
             self.commands.commands["notify"] = self.notify_commands[backplane is not None]
             self.commands.prepared.clear()
@@ -1888,13 +1898,16 @@ class WebSocketManager:
         self.deliveries += len(pending) * self.count_clients()
 
     def _write_all(self, frames: bytes, clients: Collection[Client]) -> None:
-        self.bytes_out += len(frames) * len(clients)
+        queued = 0
         for client in tuple(clients):  # a snapshot: a slow client is dropped while we iterate
             connection = client.connection
             if connection._holds or connection.is_queueing:
                 connection.send_frame(frames)
+                queued += 1
             else:
                 connection.write(frames)
+        self.bytes_out += len(frames) * (len(clients) - queued)  # of the others, when they leave
+        self.messages_out -= queued  # these count as deliveries
 
     @property
     def recovers(self) -> bool:
@@ -2220,7 +2233,7 @@ def add_manager_commands(manager: WebSocketManager) -> None:
     manager.notify_commands = (Command(notify, inline=True), Command(publish, name="notify"))
     for command in (manager.notify_commands[0], Command(clients)):
         if command.name not in manager.commands.commands:
-            manager.commands.add(command)
+            manager.commands.add(command, gives_way=True)
 
 
 # --- 7 dispatch --------------------------------------------------------------------------------
@@ -2313,7 +2326,7 @@ class Request:
         except NOT_JSON:
             return self.encode("error", {**error, "message": encodable(message)})
 
-    def refuse(self, exc: Exception) -> bytes | None:
+    def refuse(self, exc: BaseException) -> bytes | None:
         """The final answer of a request that met `exc`; a bug, ours or the program's, is logged."""
         if isinstance(exc, Refused | ServiceError):
             return self.fail(exc.code, str(exc), exc.data)
@@ -2379,7 +2392,7 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
         if handler is not None:
             return handler(request, params)
         return call_method(request, method, params)
-    except Exception as exc:
+    except FAULTS as exc:
         return request.refuse(exc)
 
 
@@ -3494,9 +3507,8 @@ class Server:
         manager.is_draining = False
         self._websocket_server = await self._bind()
         self.sockets = list(self._websocket_server.sockets)
+        manager.reader = self._make_reader()
         manager.loop, manager._thread = asyncio.get_running_loop(), threading.get_ident()
-        if hasattr(select, "epoll"):  # Linux
-            manager.reader = SocketReader(manager, manager.loop)
         self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
         self._sweep.add_done_callback(self._sweep_ended)
         self._monitor = Monitor(manager.services.values())
@@ -3510,6 +3522,20 @@ class Server:
         except BaseException:  # cancelled: nobody has this server yet to close it
             await self.close()
             raise
+
+    def _make_reader(self) -> SocketReader | None:
+        """What reads the WebSockets; None where asyncio's transports have to."""
+        if not hasattr(select, "epoll"):  # not Linux
+            return None
+        try:
+            reader = SocketReader(self.manager, asyncio.get_running_loop())
+        except OSError as error:
+            cast(WebSocketServer, self._websocket_server).close()
+            self._remove_unix_file()
+            raise StartError(f"can't watch sockets: {error.strerror}") from None
+        if self.sockets[0].family != socket.AF_UNIX:
+            reader.trust_edges()
+        return reader
 
     async def _bind(self) -> WebSocketServer:
         config = self.config
@@ -3580,6 +3606,7 @@ class Server:
         await self._finish_commands()
         assert self._websocket_server is not None
         self._websocket_server.close(close_connections=False)
+        manager.flush_broadcasts()
         for connection in tuple(manager.connections):
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
             if connection.phase is Phase.HEAD:  # it has asked for nothing yet

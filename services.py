@@ -1003,14 +1003,17 @@ class CommandProcessor(Service):
 
         return register if function is None else register(function)
 
-    def add(self, command: Command) -> None:
-        """Register a command; ValueError when one of its names is taken. Built-ins give way."""
+    def add(self, command: Command, *, gives_way: bool = False) -> None:
+        """Register a command; ValueError when one of its names is taken.
+
+        gives_way: a later command may take its names, as it may those of built-in ones.
+        """
         for name in command.names:
             if name in self.commands and name not in self._replaceable:
                 raise ValueError(f"there is a command {name!r} already")
         for name in command.names:
             self.commands[name] = command
-            self._replaceable.discard(name)
+            (self._replaceable.add if gives_way else self._replaceable.discard)(name)
         self.prepared.clear()
         self.touch()
 

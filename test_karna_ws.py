@@ -6155,6 +6155,302 @@ async def test_client_that_goes_away_has_its_commands_cancelled_hardening() -> N
         await until(lambda: not manager.tasks)
 
 
+# --- reading and writing sockets ourselves ----------------------------------------------------
+
+
+@pytest.mark.parametrize("through", ["broadcast", "send"])
+async def test_burst_of_one_turn_leaves_a_stuck_reader_no_more_than_its_limit(through: str) -> None:
+    manager = WebSocketManager()
+    options = {"max_unsent_bytes": 200_000, "close_timeout_s": 0.2}
+    async with hardening_serving(manager, port=0, **options) as server:
+        async with lazy(server.port) as stuck:
+            stuck.writer.transport.pause_reading()
+            [connection] = manager.connections
+            [client] = manager.raw
+            most = 0
+            for _ in range(300):
+                if through == "broadcast":
+                    manager.broadcast("tick", "x" * 100_000)
+                    manager.flush_broadcasts()
+                else:
+                    client.deliver(b"x" * 100_000, None)
+                most = max(most, connection.transport.get_write_buffer_size())
+            assert most < 500_000
+            assert manager.metrics.drops == {"slow": 1}
+        await until(lambda: not manager.connections)
+
+
+class Faulty(Service):
+    """Its status can't be told while it is bad."""
+
+    bad: BaseException | None = None
+
+    def get_status(self) -> dict[str, Any]:
+        if self.bad is not None:
+            raise self.bad
+        return super().get_status()
+
+
+@pytest.mark.parametrize("fault", [asyncio.CancelledError(), SystemExit(3), RuntimeError("bug")])
+async def test_fault_of_one_request_leaves_the_others_answered(fault: BaseException) -> None:
+    faulty = Faulty("faulty")
+    manager = WebSocketManager(services=[faulty])
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(hardening_serving(manager, port=0))
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(20)]
+        faulty.bad = fault
+        # All are written before the server reads any of them.
+        for number, peer in enumerate(peers):
+            message = request("get_status", number) if number == 3 else command("echo hi", number)
+            peer.writer.write(frame(1, json.dumps(message).encode()))
+        answers = [await peer.json() for peer in peers]
+        assert [answer["id"] for answer in answers] == list(range(20))
+        assert answers[3]["data"]["code"] == "internal_error"
+        faulty.bad = None
+        await peers[3].send_json(request("get_status", 99))
+        assert (await peers[3].json())["type"] == "status_update"
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+async def test_overridden_handler_that_is_cancelled_ends_no_other_client(is_text: bool) -> None:
+    class Program(WebSocketManager):
+        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str:
+            if payload == b"bad":
+                raise asyncio.CancelledError
+            return payload.decode()
+
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(hardening_serving(Program(), port=0))
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(10)]
+        for number, peer in enumerate(peers):
+            text = b"bad" if number == 2 else b"good"
+            peer.writer.write(frame(1 if is_text else 2, text))
+        for number, peer in enumerate(peers):
+            if number == 2:
+                assert (await peer.json())["data"]["code"] == "internal_error"
+            else:
+                assert (await peer.frame()).payload == b"good"
+
+
+async def test_broadcast_just_before_the_end_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)  # a flush waits as with many clients
+    manager = WebSocketManager()
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(hardening_serving(manager, port=0))
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(8)]
+        manager.notify("going down")
+        closing = server.close()
+        for peer in peers:
+            assert (await peer.json())["data"]["message"] == "going down"
+            assert (await peer.closed()).code == 1012
+        await closing
+
+
+async def test_broadcasts_of_the_next_turns_leave_together_when_clients_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)
+    manager = WebSocketManager()
+    async with hardening_serving(manager, port=0) as server, contextlib.AsyncExitStack() as stack:
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(4)]
+        flushes: list[int] = []
+        flush = manager.flush_broadcasts
+        monkeypatch.setattr(
+            manager, "flush_broadcasts", lambda: (flushes.append(len(manager._pending)), flush())
+        )
+        for number in range(3):
+            manager.broadcast("number", number)
+            await asyncio.sleep(0)
+        for peer in peers:
+            assert [(await peer.json())["data"] for _ in range(3)] == [0, 1, 2]
+        assert flushes == [3]
+        # Flushed early, for one who joins: the turns that still come must not flush again.
+        manager.broadcast("number", 3)
+        flush()
+        manager.broadcast("number", 4)
+        for peer in peers:
+            assert [(await peer.json())["data"] for _ in range(2)] == [3, 4]
+        assert flushes == [3, 1]
+
+
+async def test_what_leaves_behind_other_frames_is_counted_once() -> None:
+    manager = WebSocketManager()
+    async with hardening_serving(manager, port=0) as server, raw(server.port) as peer:
+        [client] = manager.raw
+
+        def counters() -> tuple[int, int]:
+            return manager.bytes_out, manager.messages_out + manager.deliveries
+
+        before = counters()
+        client.deliver(b"{}", None)  # queued until the next turn...
+        manager.broadcast("tick", 1)
+        manager.flush_broadcasts()  # ...and this behind it
+        received = [await peer.frame() for _ in range(2)]
+        size = sum(2 + len(each.payload) for each in received)
+        assert tuple(b - a for a, b in zip(before, counters(), strict=True)) == (size, 2)
+
+
+async def test_urgent_byte_between_two_requests_keeps_neither_back() -> None:
+    async with hardening_serving(WebSocketManager(), port=0) as server, raw(server.port) as peer:
+        client = peer.writer.get_extra_info("socket")
+        texts = [json.dumps(command("echo hi", number)).encode() for number in range(2)]
+        with socket.socket(fileno=os.dup(client.fileno())) as same:
+            same.send(frame(1, texts[0]))
+            same.send(b"!", socket.MSG_OOB)  # it is not part of the stream, and ends a read early
+            same.send(frame(1, texts[1]))
+        assert [(await peer.json())["id"] for _ in range(2)] == [0, 1]
+
+
+async def test_descriptors_sent_along_keep_no_request_back() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/karna"
+        async with hardening_serving(WebSocketManager(), unix=path), raw(path) as peer:
+            client = peer.writer.get_extra_info("socket")
+            texts = [json.dumps(command("echo hi", number)).encode() for number in range(3)]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", 0))]
+            with socket.socket(fileno=os.dup(client.fileno())) as same:
+                for text in texts:  # each ends a read early
+                    same.sendmsg([frame(1, text)], rights)
+            assert [(await peer.json())["id"] for _ in range(3)] == [0, 1, 2]
+
+
+async def test_last_words_are_read_before_the_end() -> None:
+    heard: list[int] = []
+    manager = WebSocketManager()
+
+    @manager.commands.command(inline=True)
+    def hear(number: int) -> None:
+        heard.append(number)
+
+    async with hardening_serving(manager, port=0) as server:
+        for number in range(50):
+            async with raw(server.port) as peer:
+                text = json.dumps(command(f"hear {number}")).encode()
+                peer.writer.write(frame(1, text))
+                peer.writer.write_eof()
+                assert await peer.frame()
+        await until(lambda: not manager.connections)
+    assert heard == list(range(50))
+
+
+async def test_stream_stays_whole_when_writes_are_cut_anywhere() -> None:
+    """Answers, tasks and broadcasts of all sizes to a reader that is often behind."""
+    manager = WebSocketManager()
+    sizes = (1, 110, 126, 4_095, 4_097, 65_536, 300_000)
+
+    @manager.commands.command(inline=True)
+    def block(number: int) -> list[Any]:
+        return ["answer", number, "x" * sizes[number % 7]]
+
+    async def talk(client: Client) -> None:
+        for number in range(60):
+            await client.send("task", [number, "x" * sizes[number % 7]])
+            manager.broadcast("all", [number, "x" * sizes[number % 5]])
+
+    options = {"max_unsent_bytes": 2**30}
+    async with hardening_serving(manager, port=0, **options) as server, lazy(server.port) as peer:
+        [client] = manager.raw
+        peer.writer.transport.pause_reading()
+        task = asyncio.create_task(talk(client))
+        for number in range(60):
+            text = json.dumps(command(f"block {number}", number)).encode()
+            peer.writer.write(frame(1, text))
+        await until(lambda: not client.connection.is_writable)
+        peer.writer.transport.resume_reading()
+        seen: dict[str, list[int]] = {"task": [], "all": [], "answer": []}
+        while min(map(len, seen.values())) < 60:
+            message = await peer.json()
+            data = message["data"]
+            if message["type"] == "command_response":
+                seen["answer"].append(data["result"][1])
+                assert data["result"][2] == "x" * sizes[message["id"] % 7]
+            else:
+                seen[message["type"]].append(data[0])
+        await task
+        assert all(numbers == list(range(60)) for numbers in seen.values())
+
+
+async def test_client_that_takes_what_is_written_lives_without_a_word() -> None:
+    manager = WebSocketManager()
+    async with hardening_serving(manager, port=0) as server, lazy(server.port) as peer:
+        [client] = manager.raw
+        connection = client.connection
+        peer.writer.transport.pause_reading()
+        count = 0
+        while connection.is_writable:
+            client.deliver(b"x" * 100_000, None)
+            count += 1
+        connection.heard = False
+        peer.writer.transport.resume_reading()
+        for _ in range(count):
+            await peer.frame()
+        await until(lambda: connection.is_writable)
+        assert connection.heard
+
+
+async def test_server_without_descriptors_for_its_reader_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    manager = WebSocketManager()
+    with monkeypatch.context() as patch:
+        patch.setattr(karna_ws.select, "epoll", refuse, raising=False)
+        with pytest.raises(StartError, match="can't watch sockets: Too many open files"):
+            async with serving(manager, port=0):
+                pass
+    async with hardening_serving(manager, port=0) as server, raw(server.port) as peer:
+        await peer.send_json(command("echo again", 1))
+        assert (await peer.json())["data"]["result"] == "again"
+
+
+async def test_idle_server_with_closed_and_half_closed_peers_rests() -> None:
+    """An epoll that stays ready would turn the loop for ever."""
+    manager = WebSocketManager()
+    async with hardening_serving(manager, port=0, close_timeout_s=100.0) as server:
+        port = server.port
+        async with raw(port) as peer, raw(port) as gone, raw(port) as held:
+            await peer.send(close_frame())  # and leaves the socket open
+            assert (await peer.frame()).opcode == 8
+            gone.writer.transport.abort()
+            await until(lambda: len(manager.raw) == 1)
+            [client] = manager.raw
+            client.connection.hold(karna_ws.HOLD_CALLS)
+            await held.send(frame(1, b"{}"))
+            held.writer.write_eof()
+            turns, loop = 0, asyncio.get_running_loop()
+            select_once = loop._selector.select  # type: ignore[attr-defined]
+
+            def count(timeout: float | None = None) -> Any:
+                nonlocal turns
+                turns += 1
+                return select_once(timeout)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop._selector, "select", count)  # type: ignore[attr-defined]
+                await asyncio.sleep(0.2)  # the sweep and the monitor turn it now and then
+            assert turns < 50
+
+
+async def test_program_may_remove_or_replace_the_commands_of_the_manager() -> None:
+    manager = WebSocketManager()
+    del manager.commands.commands["notify"]
+    async with hardening_serving(manager, port=0) as server, raw(server.port) as peer:
+        await peer.send_json(command("notify x", 1))
+        assert (await peer.json())["data"]["code"] == "unknown_command"
+
+    manager = WebSocketManager(CommandProcessor(builtins=False))
+
+    @manager.commands.command
+    async def notify(*words: str) -> str:
+        return "mine"
+
+    async with hardening_serving(manager, port=0) as server, raw(server.port) as peer:
+        await peer.send_json(command("notify x", 1))
+        assert (await peer.json())["data"]["result"] == "mine"
+
+
 # --- metrics -----------------------------------------------------------------------------------
 
 
