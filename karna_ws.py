@@ -628,15 +628,16 @@ class SocketReader:
                     connection.abort()
                     continue
                 answered.append(connection)
-                received += len(data)
+                size = len(data)
+                received += size
                 try:
                     connection.take(data) if data else connection.take_end()
                 except FAULTS as exc:  # a bug of ours ends this client, not the others
                     self.manager.log_error(f"{connection.name} failed", exc)
                     connection.abort()
-                if len(data) > FLUSH_BYTES:
+                if size > FLUSH_BYTES:
                     connection.flush()
-                if (events != only_data or len(data) == READ_BYTES) and fd in connections:
+                if (events != only_data or size == READ_BYTES) and fd in connections:
                     self._epoll.modify(fd, self._events)  # more may be there: raise the edge again
         finally:
             self.manager.bytes_in += received
@@ -911,10 +912,11 @@ class Connection(ServerConnection):
 
     def write(self, data: bytes) -> None:
         """Give the socket what it takes at once, and the transport the rest."""
-        if self.fd < 0 or self._holds & HOLD_WRITES:
+        fd = self.fd
+        if fd < 0 or self._holds & HOLD_WRITES:
             return self.transport.write(data)
         try:
-            sent = os.write(self.fd, data)
+            sent = os.write(fd, data)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -958,15 +960,17 @@ class Connection(ServerConnection):
     def flush(self) -> None:
         """Write what is queued, in one piece."""
         self.is_queueing = False
-        queue = self._queue
-        if queue:
-            frames = queue[0] if len(queue) == 1 else b"".join(queue)
-            count = len(queue)
+        queue, manager = self._queue, self.manager
+        count = len(queue)
+        if count == 1:
+            frames = queue.pop()
+        elif count:
+            frames = b"".join(queue)
             queue.clear()
-            if self.phase is _OPEN:
-                self.manager.messages_out += count
-                self.manager.bytes_out += len(frames)
-                self.write(frames)
+        if count and self.phase is _OPEN:
+            manager.messages_out += count
+            manager.bytes_out += len(frames)
+            self.write(frames)
 
     def _send_library_data(self) -> None:
         """Write what the library has to say, behind our own answers; follow it into closing."""
@@ -2361,7 +2365,8 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
         call = manager.prepared.get(line) if type(line) is str else None
-        if call is not None and client.calls is None and type(wanted) in _ID_TYPES:
+        is_id = type(wanted) is int or type(wanted) in _ID_TYPES  # the first is quicker
+        if call is not None and client.calls is None and is_id:
             try:
                 value = manager.commands.call_inline(call)
                 data = {"command": line, "result": value}
