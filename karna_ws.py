@@ -118,6 +118,7 @@ MAX_BATCH = 256  # JSON-RPC requests in one message
 MAX_WAITING = 256  # requests of one client that wait for a running command to end...
 MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
 MAX_PID_CHARS = 100  # of a private id that a Socket.IO client comes back with
+MAX_REPLAY_HEAD_BYTES = 400  # frame, event, namespace and offset around an envelope of the history
 ENVELOPE_BYTES = 1024  # more than a notification is longer than the request for it
 LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
 PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
@@ -632,7 +633,11 @@ class SocketReader:
                 received += size
                 try:
                     connection.take(data) if data else connection.take_end()
-                except FAULTS as exc:  # a bug of ours ends this client, not the others
+                except KeyboardInterrupt:  # the loop ends; should it go on, all are looked at again
+                    for each in connections:
+                        self._epoll.modify(each, self._events)
+                    raise
+                except BaseException as exc:  # a bug ends this client, not the others
                     self.manager.log_error(f"{connection.name} failed", exc)
                     connection.abort()
                 if size > FLUSH_BYTES:
@@ -809,6 +814,8 @@ class Connection(ServerConnection):
                     if size < 126:
                         answers.append(heads[size] + answer)
                     else:  # of long ones not all that a read asks for may wait
+                        if size > FLUSH_BYTES:
+                            self.allow(size)
                         self.send_frame(frame_text(answer))
             else:
                 if self._is_doomed(first, stop - body):
@@ -893,7 +900,7 @@ class Connection(ServerConnection):
 
     # Messages to frames.
 
-    def send_frame(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes, *, is_delivery: bool = False) -> None:
         """Send one or more frames, behind the answers of this read or of this turn of the loop.
 
         Never waits. A client whose unsent bytes are over its limit gets no more: it is dropped.
@@ -906,6 +913,8 @@ class Connection(ServerConnection):
             self.is_queueing = True
             self.loop.call_soon(self.flush)
         self._queue.append(frame)
+        if is_delivery:
+            self.manager.messages_out -= 1  # the flush will count it, and so do deliveries
         if len(frame) > FLUSH_BYTES or len(self._queue) >= FLUSH_FRAMES:
             self.flush()
             self.is_queueing = True  # as the read or the callback that will flush the rest expects
@@ -928,6 +937,7 @@ class Connection(ServerConnection):
         """Cut the connection; nothing that has arrived is read any more."""
         if self.reader is not None:
             self.reader.remove(self)
+        self._holds |= HOLD_CLOSED
         self.transport.abort()
 
     def allow(self, size: int) -> None:
@@ -1902,16 +1912,15 @@ class WebSocketManager:
         self.deliveries += len(pending) * self.count_clients()
 
     def _write_all(self, frames: bytes, clients: Collection[Client]) -> None:
-        queued = 0
+        written = 0
         for client in tuple(clients):  # a snapshot: a slow client is dropped while we iterate
             connection = client.connection
             if connection._holds or connection.is_queueing:
-                connection.send_frame(frames)
-                queued += 1
+                connection.send_frame(frames, is_delivery=True)
             else:
                 connection.write(frames)
-        self.bytes_out += len(frames) * (len(clients) - queued)  # of the others, when they leave
-        self.messages_out -= queued  # these count as deliveries
+                written += 1
+        self.bytes_out += len(frames) * written  # those of the others count when they leave
 
     @property
     def recovers(self) -> bool:
@@ -1999,7 +2008,7 @@ class WebSocketManager:
             if missed is None:
                 client.deliver(encode_error("history_gap", _GAP_TEXT), None)
             else:
-                client.connection.allow(sum(len(envelope) for _, envelope in missed))
+                client.connection.allow(_replay_bytes(missed))
                 for _, envelope in missed:
                     client.deliver(envelope, None)
                 self._catch_up(client)
@@ -2054,7 +2063,7 @@ class WebSocketManager:
         client.id = new_id() if client.pid is None else sid_of(client.pid)
         client.recovered = missed is not None
         self.sockets[client.namespace].add(client)
-        client.connection.allow(sum(len(envelope) for _, envelope in missed or ()))
+        client.connection.allow(_replay_bytes(missed or ()))
         client.accept(missed or ())
         if missed is not None:
             self._catch_up(client)
@@ -2161,6 +2170,10 @@ def _offset_of(client: SocketClient) -> str:
     if not isinstance(pid, str) or not 0 < len(pid) <= MAX_PID_CHARS:
         return ""
     return offset if isinstance(offset, str) else pid.partition(".")[2]
+
+
+def _replay_bytes(missed: Iterable[tuple[str, bytes]]) -> int:
+    return sum(len(envelope) + MAX_REPLAY_HEAD_BYTES for _, envelope in missed)
 
 
 def with_offset(body: bytes, offset: str) -> bytes:

@@ -6232,6 +6232,92 @@ async def test_overridden_handler_that_is_cancelled_ends_no_other_client(is_text
                 assert (await peer.frame()).payload == b"good"
 
 
+class Strange(BaseException):
+    """As some extension modules raise for a panic of theirs."""
+
+
+async def test_strange_error_ends_its_own_client_alone() -> None:
+    class Program(WebSocketManager):
+        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str:
+            if payload == b"bad":
+                raise Strange
+            return payload.decode()
+
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(hardening_serving(Program(), port=0))
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(20)]
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        for number, peer in enumerate(peers):
+            peer.writer.write(frame(1, b"bad" if number == 3 else b"good"))
+        for number, peer in enumerate(peers):
+            if number == 3:
+                assert await peer.at_end()
+            else:
+                assert (await peer.frame()).payload == b"good"
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_long_answer_is_no_sign_of_a_slow_client(inline: bool) -> None:
+    manager = WebSocketManager()
+
+    async def later(size: int) -> str:
+        return "x" * size
+
+    manager.commands.add(Command((lambda size: "x" * int(size)) if inline else later,
+                                 name="long", inline=inline))  # fmt: skip
+    async with hardening_serving(manager, port=0) as server, lazy(server.port) as peer:
+        [client] = manager.raw
+        peer.writer.transport.pause_reading()
+        await peer.send_json(command("long 12000000", 1))
+        await until(lambda: not client.connection.is_writable)
+        manager.notify("news")
+        manager.flush_broadcasts()
+        peer.writer.transport.resume_reading()
+        assert len((await peer.json())["data"]["result"]) == 12_000_000
+        assert (await peer.json())["data"]["message"] == "news"
+
+
+async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it() -> None:
+    count = 120_000
+    manager = WebSocketManager()
+    options = {"history_messages": count, "history_bytes": 2**27, "max_unsent_bytes": 1024}
+    async with hardening_serving(manager, port=0, **options) as server:
+        start = manager.history.last
+        for number in range(count):
+            manager.broadcast("n", number)
+        manager.flush_broadcasts()
+        async with lazy(server.port, ENGINE) as peer:
+            await peer.frame()
+            peer.writer.transport.pause_reading()
+            auth = json.dumps({"pid": "p", "offset": start}).encode()
+            await peer.send(frame(1, b"40/ws," + auth))
+            [connection] = manager.connections
+            await until(lambda: not connection.is_writable)
+            peer.writer.transport.resume_reading()
+            for number in range(count):
+                received = await peer.frame()
+                assert received.opcode == 1 and b'"data":%d,' % number in received.payload
+
+
+async def test_counters_only_grow_when_clients_are_dropped() -> None:
+    manager = WebSocketManager()
+    options = {"max_unsent_bytes": 50_000, "close_timeout_s": 0.1}
+    async with (
+        hardening_serving(manager, port=0, **options) as server,
+        lazy(server.port) as one, lazy(server.port) as other,
+    ):  # fmt: skip
+        one.writer.transport.pause_reading()
+        other.writer.transport.pause_reading()
+        before = (0, 0)
+        while manager.raw:
+            manager.broadcast("tick", "x" * 60_000)
+            manager.flush_broadcasts()
+            now = (manager.messages_out + manager.deliveries, manager.bytes_out)
+            assert now[0] >= before[0] and now[1] >= before[1]
+            before = now
+        assert manager.messages_out >= 0
+
+
 async def test_broadcast_just_before_the_end_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)  # a flush waits as with many clients
     manager = WebSocketManager()
