@@ -1912,15 +1912,21 @@ class WebSocketManager:
         self.deliveries += len(pending) * self.count_clients()
 
     def _write_all(self, frames: bytes, clients: Collection[Client]) -> None:
-        written = 0
+        write, size, written = os.write, len(frames), 0
         for client in tuple(clients):  # a snapshot: a slow client is dropped while we iterate
             connection = client.connection
             if connection._holds or connection.is_queueing:
                 connection.send_frame(frames, is_delivery=True)
-            else:
+                continue
+            written += 1
+            try:
+                sent = write(connection.fd, frames)  # as Connection.write, without the call
+            except OSError:  # it takes nothing now, is gone, or its transport has to write
                 connection.write(frames)
-                written += 1
-        self.bytes_out += len(frames) * written  # those of the others count when they leave
+            else:
+                if sent < size:
+                    connection.transport.write(memoryview(frames)[sent:])
+        self.bytes_out += size * written  # those of the others count when they leave
 
     @property
     def recovers(self) -> bool:
