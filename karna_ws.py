@@ -126,8 +126,10 @@ READ_BYTES = 64 * 1024  # taken from a socket at a time; malloc maps pages anew 
 MAX_READS = 128  # sockets read before the loop has another look at its timers
 FLUSH_BYTES = 4096  # a longer read or frame does not wait for others
 FLUSH_FRAMES = 64  # joined into one write before it leaves
-CLIENTS_A_TURN = 100  # clients for whom a flush waits one more turn of the loop: 2 % longer, and...
-MAX_TURNS = 8  # ...never more than this, some 50 microseconds
+CLIENTS_A_TURN = (
+    100  # clients for whom a flush waits one more turn of the loop: 1 us in 400, and...
+)
+MAX_TURNS = 8  # ...never more than this
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
@@ -577,7 +579,7 @@ class SocketReader:
 
     The loop watches one epoll of ours in place of every socket: a read costs no Handle, no Context
     and none of asyncio's four calls. Answers leave when all that is ready has been read: peers
-    that the first one wakes are awake for the rest, and waking costs most of a write.
+    that the first one wakes are awake for the rest, and waking was a fifth of a write's cost.
     """
 
     def __init__(self, manager: WebSocketManager, loop: asyncio.AbstractEventLoop) -> None:

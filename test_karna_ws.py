@@ -6213,16 +6213,24 @@ async def test_fault_of_one_request_leaves_the_others_answered(fault: BaseExcept
         assert (await peers[3].json())["type"] == "status_update"
 
 
+class Picky(WebSocketManager):
+    """A program of its own protocol that can't bear one message."""
+
+    def __init__(self, fault: type[BaseException]) -> None:
+        self.fault = fault
+        super().__init__()
+
+    def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str:
+        if payload == b"bad":
+            raise self.fault
+        return payload.decode()
+
+
 @pytest.mark.parametrize("is_text", [True, False])
 async def test_overridden_handler_that_is_cancelled_ends_no_other_client(is_text: bool) -> None:
-    class Program(WebSocketManager):
-        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str:
-            if payload == b"bad":
-                raise asyncio.CancelledError
-            return payload.decode()
-
+    manager = Picky(asyncio.CancelledError)
     async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(hardening_serving(Program(), port=0))
+        server = await stack.enter_async_context(hardening_serving(manager, port=0))
         peers = [await stack.enter_async_context(raw(server.port)) for _ in range(10)]
         for number, peer in enumerate(peers):
             text = b"bad" if number == 2 else b"good"
@@ -6239,14 +6247,8 @@ class Strange(BaseException):
 
 
 async def test_strange_error_ends_its_own_client_alone() -> None:
-    class Program(WebSocketManager):
-        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str:
-            if payload == b"bad":
-                raise Strange
-            return payload.decode()
-
     async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(hardening_serving(Program(), port=0))
+        server = await stack.enter_async_context(hardening_serving(Picky(Strange), port=0))
         peers = [await stack.enter_async_context(raw(server.port)) for _ in range(20)]
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         for number, peer in enumerate(peers):
