@@ -1,0 +1,1 @@
+"""What `karna_ws.py` and `services.py` stand on: small rooms, one idea each, imports one way."""

@@ -1,0 +1,382 @@
+"""One request from its arrival to its single final answer.
+
+A Client is who asked; a Request is what it asked, with the form of its answer; Calls is what a
+client has running and waiting. Errors become answers in `Request.refuse` and `Calls._on_end`,
+nowhere else.
+
+Touches the connection that answers leave by and the commands that the manager runs; every door
+has its own Client or Request on top.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from time import perf_counter
+from typing import Any, ClassVar, Protocol
+
+from orjson import dumps
+from websockets.frames import CloseCode
+
+from karna.command import Call
+from karna.connection import HOLD_CALLS, Connection, Phase
+from karna.context import Context
+from karna.envelopes import NOT_JSON, encode_json
+from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain
+from karna.hub import Hub
+from karna.text import encodable
+from karna.work import Job
+
+MAX_WAITING = 256  # requests of one client that wait for a running command to end...
+MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
+UNENCODABLE = "the result can't be encoded as JSON"
+
+
+class Commands(Protocol):
+    """What runs a call; services.CommandProcessor does."""
+
+    def call_inline(self, call: Call) -> Any:
+        """Run a call that never waits. Raises RequestError."""
+
+    def start_call(
+        self, call: Call, context: Context, on_end: Callable[[Any, RequestError | None], None]
+    ) -> Job:
+        """Run a call in a task; `on_end` gets its one outcome."""
+
+
+class CommandHub(Hub):
+    """A hub whose clients run commands."""
+
+    commands: Any  # Commands; a program may put its own processor there
+
+
+class Client:
+    """One peer, as commands, handlers and embedding programs see it.
+
+    `id` names it in logs; `door` is "raw", "socket.io" or "http"; `auth` is what a Socket.IO client
+    gave when it connected.
+    """
+
+    __slots__ = ("__weakref__", "auth", "calls", "connection", "id", "manager")
+    door: ClassVar[str] = ""
+    namespace = "/"
+
+    def __init__(self, connection: Connection, manager: Any, id: str) -> None:
+        self.connection = connection
+        self.manager = manager
+        self.id = id
+        self.auth: dict[str, Any] = {}
+        self.calls: Calls | None = None  # made when the first command does not end at once
+
+    @property
+    def is_present(self) -> bool:
+        """Can it still be reached?"""
+        return self.connection.phase is Phase.OPEN
+
+    async def send(self, type: str, data: Any) -> None:
+        """Send one envelope; wait while the client reads more slowly than it is written to.
+
+        Raises ConnectionError once the client has left, TypeError for data that JSON can't hold.
+        """
+        self.deliver(encode_json({"type": type, "data": data}), None)
+        await self._sent()
+
+    async def _sent(self) -> None:
+        """What every sending ends with: a program that sends in a loop must not be the only one."""
+        if not self.is_present:
+            raise ConnectionError(f"client {self.id} has left")
+        await self.connection.drained()
+        await self.connection.hub.turns.breathe()
+
+    async def emit(self, event: str, *args: Any) -> None:
+        """Send a Socket.IO event; to a raw client, an envelope of that type.
+
+        Raises TypeError for arguments that can't be encoded, ConnectionError as `send`.
+        """
+        await self.send(event, args[0] if len(args) == 1 else list(args))
+
+    async def disconnect(self, reason: str = "") -> None:
+        """Close this client's connection."""
+        self.connection.close(CloseCode.NORMAL_CLOSURE, reason)
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        """Send one encoded envelope: as the ack of that id, or as a message."""
+        raise NotImplementedError
+
+    def deliver_special(self, values: list[Any], ack: int | None) -> None:
+        """Send what JSON can't hold in the door's own form. Raises TypeError if it has none."""
+        raise TypeError(UNENCODABLE)
+
+    def cancel_calls(self) -> None:
+        """The client is gone: cancel its running commands, forget its waiting ones."""
+        if self.calls is not None:
+            self.calls.abandon()
+
+
+class Request:
+    """One request on its way to its single final answer, in the project's own envelope.
+
+    id: what the client calls it, if it does; ack: the Socket.IO ack it asked for.
+    line: the command line of an `execute_command`, which answers repeat.
+    """
+
+    __slots__ = ("ack", "client", "id", "is_done", "job", "line", "size", "started")
+    is_done: bool
+    job: Job | None
+    started: float
+
+    def __init__(
+        self, client: Client, id: Any, ack: int | None, size: int, line: str | None = None
+    ) -> None:
+        self.client = client
+        self.id = id
+        self.ack = ack
+        self.size = size
+        self.line = line
+        # started, job and is_done are set by Calls.run: most requests never need them.
+
+    @property
+    def is_serial(self) -> bool:
+        """Must it wait for its like? So that a client that can't correlate needs not."""
+        return self.line is not None and self.id is None and self.ack is None
+
+    # What it is answered with. None: nothing is to be sent, or it has been.
+
+    def result(self, value: Any) -> bytes | None:
+        """The final answer of a call that succeeded."""
+        if self.line is not None:
+            value = {"command": self.line, "result": value}
+        try:
+            return self._answer("command_response", value, self.ack)
+        except NOT_JSON:
+            return self.fail("command_failed", UNENCODABLE)
+
+    def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
+        """The final answer of a request that did not succeed."""
+        error = {"code": code, "message": message}
+        if self.line is not None:
+            error["command"] = self.line
+        try:
+            return self._answer("error", {**error, **(data or {})}, self.ack)
+        except NOT_JSON:
+            return self.encode("error", {**error, "message": encodable(message)})
+
+    def refuse(self, exc: BaseException) -> bytes | None:
+        """The final answer of a request that met `exc`; a bug, ours or the program's, is logged."""
+        if isinstance(exc, RequestError):
+            return self.fail(exc.code, explain(exc), exc.data)
+        self.client.manager.log_error(f"{self.client.id} request failed", exc)
+        return self.fail("internal_error", "the server failed to handle this request")
+
+    def answer_status(self, envelope: bytes, status: bytes) -> bytes | None:
+        """The answer to `get_status`: the envelope as encoded up to its id; the object alone."""
+        if self.id is None:
+            return envelope + b"}"
+        return b'%b,"id":%b}' % (envelope, dumps(self.id))
+
+    def progress(self, value: Any) -> None:
+        """Send one report of the running command."""
+        try:
+            answer = self._answer("command_progress", {"command": self.line, "progress": value})
+        except NOT_JSON:
+            raise CommandFailed("progress can't be encoded as JSON") from None
+        if answer is not None:
+            self.client.deliver(answer, None)
+
+    def deliver(self, answer: bytes | None) -> None:
+        """Send the final answer, when it comes later than its request's own read."""
+        if answer is not None:
+            self.client.connection.allow(len(answer))
+            self.client.deliver(answer, self.ack)
+
+    # Its form.
+
+    def encode(self, type: str, data: Any) -> bytes | None:
+        """The message that says so; None where this request gets none.
+
+        Raises TypeError or ValueError for what JSON can't hold.
+        """
+        return encode_json(*self._values(type, data))
+
+    def _values(self, type: str, data: Any) -> list[Any]:
+        envelope = {"type": type, "data": data}
+        if self.id is not None:
+            envelope["id"] = self.id
+        return [envelope]
+
+    def _answer(self, type: str, data: Any, ack: int | None = None) -> bytes | None:
+        """`encode`; what JSON can't hold, such as bytes, is sent in the door's own form."""
+        try:
+            return self.encode(type, data)
+        except TypeError:
+            self.client.deliver_special(self._values(type, data), ack)
+            return None
+
+
+def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes | None:
+    """Run the call that `prepare(*args)` gives: now, or behind what its client already runs."""
+    client = request.client
+    if client.manager.is_draining:
+        raise Unavailable("the server is shutting down")
+    calls = client.calls
+    if calls is None:
+        call = prepare(*args)
+        if call.command.inline:
+            return call_inline(request, call)
+        client.calls = Calls(client)
+        client.calls.run(request, call)
+        return None
+    return calls.submit(request, functools.partial(prepare, *args))
+
+
+def call_inline(request: Request, call: Call) -> bytes | None:
+    """Run a command that never waits; the answer leaves with this read's others."""
+    manager = request.client.manager
+    try:
+        return request.result(manager.commands.call_inline(call))
+    except RequestError as error:
+        manager.metrics.errors[error.code] += 1
+        raise
+
+
+class Calls:
+    """What a client has running and waiting: its order, its limit, its cancellation.
+
+    Requests run concurrently up to a limit and then wait in order; serial ones, which their client
+    could not tell apart, run one after another. When too many wait, the client is not read.
+    """
+
+    __slots__ = ("client", "parallel", "running", "serial", "serial_running")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.running: set[Request] = set()
+        self.serial_running: Request | None = None
+        self.serial: deque[tuple[Request, Callable[[], Call]]] = deque()
+        self.parallel: deque[tuple[Request, Callable[[], Call]]] = deque()
+
+    def submit(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
+        """Start the request, or let it wait. Raises what `prepare` raises."""
+        queue = self.serial if request.is_serial else self.parallel
+        must_wait = queue or (request.is_serial and self.serial_running is not None)
+        if not must_wait and not self._is_full:
+            return self._start(request, prepare)
+        queue.append((request, prepare))
+        self._count_waiting(1, request.size)
+        return None
+
+    @property
+    def _is_full(self) -> bool:
+        limit: int = self.client.manager.config.max_running_commands
+        return len(self.running) >= limit
+
+    def _start(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
+        call = prepare()
+        if call.command.inline:
+            return call_inline(request, call)
+        self.run(request, call)
+        return None
+
+    def run(self, request: Request, call: Call) -> None:
+        """Run the call in a task of its own."""
+        request.started, request.is_done, request.job = perf_counter(), False, None
+        self.running.add(request)
+        if request.is_serial:
+            self.serial_running = request
+        context = Context(self.client, functools.partial(self._progress, request))
+        on_end = functools.partial(self._on_end, request)
+        request.job = self.client.manager.commands.start_call(call, context, on_end)
+        if self.client.calls is not self:  # from Python 3.12 on it has begun: its client has left
+            request.job.cancel()
+
+    def _forget(self, request: Request) -> None:
+        self.running.discard(request)
+        if self.serial_running is request:
+            self.serial_running = None
+        request.is_done = True
+
+    def _progress(self, request: Request, value: Any) -> Awaitable[None] | None:
+        """One report; the command waits when its client reads slowly, and lets others turn."""
+        if request.is_done:
+            return None
+        request.progress(value)
+        connection = self.client.connection
+        return connection.hub.turns.breathe() if connection.is_writable else connection.drained()
+
+    def _on_end(self, request: Request, value: Any, error: RequestError | None) -> None:
+        """A command has ended, however it did: answer it, and start what waited for it."""
+        self._forget(request)
+        code = "ok" if error is None else error.code
+        self.client.manager.metrics.count_task(code, perf_counter() - request.started)
+        if self.client.calls is not self:
+            return  # the client is gone
+        try:
+            answer = request.result(value) if error is None else request.refuse(error)
+        except FAULTS as exc:
+            answer = request.refuse(exc)
+        request.deliver(answer)
+        self._start_waiting()
+        if not self.running and self.client.calls is self:
+            self.client.calls = None  # nothing waits either: the shorter way is open again
+
+    def _start_waiting(self) -> None:
+        while not self._is_full:
+            if self.serial and self.serial_running is None:
+                request, prepare = self.serial.popleft()
+            elif self.parallel:
+                request, prepare = self.parallel.popleft()
+            else:
+                break
+            self._count_waiting(-1, -request.size)
+            try:
+                answer = self._start(request, prepare)
+            except FAULTS as exc:  # what waits behind it must go on
+                answer = request.refuse(exc)
+            request.deliver(answer)
+
+    def _count_waiting(self, count: int, size: int) -> None:
+        connection = self.client.connection
+        connection.waiting += count
+        connection.waiting_bytes += size
+        if connection.waiting > MAX_WAITING or connection.waiting_bytes > MAX_WAITING_BYTES:
+            connection.hold(HOLD_CALLS)
+        else:
+            connection.release(HOLD_CALLS)
+
+    def cancel(self, wanted: int | str) -> bool:
+        """Cancel the running or waiting requests of this id; were there any?"""
+        running = [request for request in self.running if request.id == wanted]
+        waiting = [entry for entry in self.parallel if entry[0].id == wanted]
+        for request in running:
+            _cancel(request)
+        for entry in waiting:
+            self.parallel.remove(entry)
+            self._count_waiting(-1, -entry[0].size)
+            entry[0].deliver(entry[0].fail("cancelled", "cancelled before it began"))
+        return bool(running or waiting)
+
+    def stop(self) -> None:
+        """The server stops: refuse what waits, cancel what runs, and let the client know."""
+        for request, _ in (*self.serial, *self.parallel):
+            request.deliver(request.fail("unavailable", "the server is shutting down"))
+        self._end()
+
+    def abandon(self) -> None:
+        """The client is gone: nobody waits for an answer any more."""
+        self.client.calls = None
+        self._end()
+
+    def _end(self) -> None:
+        for request in tuple(self.running):
+            _cancel(request)
+        waiting = [request for request, _ in (*self.serial, *self.parallel)]
+        self.serial.clear()
+        self.parallel.clear()
+        # Its connection may go on, with other namespaces or with this one again.
+        self._count_waiting(-len(waiting), -sum(request.size for request in waiting))
+
+
+def _cancel(request: Request) -> None:
+    if request.job is not None:
+        request.job.cancel()

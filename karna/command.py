@@ -1,0 +1,302 @@
+"""A function made into a command: its name, arguments and help come from signature and docstring.
+
+All that can be known about a command is worked out when it is made, so that a message costs one
+look-up and the conversion of its words. Uses context, errors, kinds and words; used by services,
+programs, and whoever calls a function of the program with a client's values.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from karna.context import Context
+from karna.errors import UsageError
+from karna.kinds import ANY, KINDS, Kind, kind_of
+from karna.words import stems_of
+
+_REQUIRED: Any = inspect.Parameter.empty
+Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of a function
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One argument of a command, as its function declares it."""
+
+    name: str
+    kind: Kind
+    default: Any = _REQUIRED
+    is_option: bool = False
+    is_repeated: bool = False
+
+    @property
+    def is_required(self) -> bool:
+        return not self.kind.nullable if self.is_repeated else self.default is _REQUIRED
+
+    @property
+    def is_flag(self) -> bool:
+        return self.is_option and self.kind is KINDS[bool]
+
+    @property
+    def label(self) -> str:
+        """As messages name it: 'TEXT' or '--level'."""
+        return "--" + self.name.replace("_", "-") if self.is_option else self.name.upper()
+
+    @property
+    def usage(self) -> str:
+        """As the usage line shows it: 'TEXT...', '[NAME]', '[--level info|warning]'."""
+        text = "|".join(map(str, self.kind.choices)) or self.name.upper()
+        if self.is_flag:
+            off = "--no-" + self.label[2:]
+            text = {True: off, False: self.label}.get(self.default, f"{self.label}|{off}")
+        elif self.is_option:
+            text = f"{self.label} {text}"
+        if not self.is_required:
+            text = f"[{text}]"
+        return text + "..." if self.is_repeated else text
+
+    def describe(self) -> dict[str, Any]:
+        """As `help` shows it."""
+        shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
+        if isinstance(self.default, str | int | float | None):
+            shown["default"] = self.default
+        if self.kind.choices:
+            shown["choices"] = list(self.kind.choices)
+        if self.is_repeated:
+            shown["repeated"] = True
+        if self.is_option:
+            shown["option"] = self.label
+        return shown
+
+    def convert(self, value: Any) -> Any:
+        """Convert one word or JSON value; ValueError with a sentence for the caller."""
+        try:
+            return self.kind.convert(value)
+        except ValueError as problem:
+            shown = repr(value[:40]) if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"{self.label} {problem}, not {shown}") from None
+
+
+class Command:
+    """A function made into a command: its tables are compiled here, once.
+
+    Positional parameters become words, keyword-only ones options (`--name VALUE`, `--name=VALUE`,
+    `--flag`, `--no-flag`), and `*words` takes one word or more; none will do when its type allows
+    None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
+    `params` instead. `inline` marks a plain function that never blocks and may be called at once,
+    on the loop, without a task; functions with `yield` are `async def`.
+    Raises TypeError or ValueError, at registration, for what no command line could call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        inline: bool = False,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"a command is made from a function, not from {function!r}")
+        self.function = function
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.aliases = tuple(aliases)
+        self.names = (self.name, *self.aliases)
+        for each in self.names:
+            if not re.fullmatch(r"[^\s\"'\\]+", each) or not each.isprintable():
+                raise ValueError(f"a command's name is one word without quotes, not {each!r}")
+        self.help = inspect.cleandoc(getattr(function, "__doc__", None) or "")
+        self.summary = self.help.partition("\n")[0]
+        self.stems = stems_of(self.help)
+        self.inline = inline
+        self.runs = self._way_to_run()
+        self._read_signature()
+        self.arguments = [each.describe() for each in self._by_name.values()]
+        self.usage = " ".join([self.name, *(each.usage for each in self._by_name.values())])
+        if self._extra is not None:
+            self.usage += " [--NAME VALUE]..."
+
+    def _way_to_run(self) -> str:
+        """How a task calls the function: 'stream', 'loop' or 'thread'."""
+        forms = (self.function, getattr(self.function, "__call__", None))  # noqa: B004
+        if any(map(inspect.isgeneratorfunction, forms)):
+            raise TypeError(f"command {self.name}: make it `async def`, for its yields to report")
+        is_stream = any(map(inspect.isasyncgenfunction, forms))
+        is_async = any(map(inspect.iscoroutinefunction, forms))
+        if self.inline and (is_stream or is_async):
+            raise TypeError(f"command {self.name}: inline is for plain functions")
+        if is_stream:
+            return "stream"
+        return "loop" if is_async or self.inline else "thread"
+
+    def _read_signature(self) -> None:
+        try:
+            signature = inspect.signature(self.function, eval_str=True)
+        except NameError as error:
+            raise TypeError(f"command {self.name}: unknown annotation: {error}") from None
+        self._by_name: dict[str, Parameter] = {}
+        self._words: list[Parameter] = []
+        self._repeated: Parameter | None = None
+        self._extra: Parameter | None = None  # what **kwargs takes
+        self.context_at: int | None = None
+        self.context_name: str | None = None
+        for declared in signature.parameters.values():
+            if Context in (declared.annotation, *get_args(declared.annotation)):
+                self._read_context(declared)
+            else:
+                self._read_parameter(declared)
+        options = [each for each in self._by_name.values() if each.is_option]
+        flags = [each for each in options if each.is_flag]
+        self._flags = {"no_" + each.name: (each, False) for each in flags}
+        self._flags |= {each.name: (each, True) for each in flags}
+        self._has_options = bool(options) or self._extra is not None
+        self._required = [each for each in self._by_name.values() if each.is_required]
+        # The two commonest shapes are bound without a loop: only words, and nothing at all.
+        any_words = self._repeated is not None and self._repeated.kind in (KINDS[str], ANY)
+        self._only_words = any_words and not self._words and not self._has_options
+        self._bare = None if self._required else self._arrange({})[0]
+
+    def _read_context(self, declared: inspect.Parameter) -> None:
+        if self.inline:
+            raise TypeError(f"command {self.name}: an inline command has no Context")
+        self.context_name = declared.name
+        if declared.kind is not declared.KEYWORD_ONLY:
+            self.context_at = len(self._words)
+
+    def _read_parameter(self, declared: inspect.Parameter) -> None:
+        try:
+            kind = kind_of(declared.annotation)
+        except TypeError as error:
+            raise TypeError(f"command {self.name}, parameter {declared.name}: {error}") from None
+        is_option = declared.kind is declared.KEYWORD_ONLY
+        is_repeated = declared.kind is declared.VAR_POSITIONAL
+        parameter = Parameter(declared.name, kind, declared.default, is_option, is_repeated)
+        if declared.kind is declared.VAR_KEYWORD:
+            self._extra = parameter
+            return
+        self._by_name[parameter.name] = parameter
+        if parameter.is_repeated:
+            self._repeated = parameter
+        elif not parameter.is_option:
+            self._words.append(parameter)
+
+    def describe(self) -> dict[str, Any]:
+        """As `help` lists it."""
+        return {"name": self.name, "usage": self.usage, "summary": self.summary,
+                "aliases": list(self.aliases), "arguments": self.arguments}  # fmt: skip
+
+    def usage_error(self, problem: str) -> UsageError:
+        return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
+
+    def bind(self, words: Sequence[str], params: Mapping[str, Any]) -> Bound:
+        """Convert words and named parameters to the function's arguments; raises UsageError.
+
+        The Context is not among them: `run` puts it in.
+        """
+        if not params:
+            if words:
+                if self._only_words:
+                    return list(words), {}
+            elif self._bare is not None:
+                return self._bare[:], {}
+        given: dict[str, Any] = {}
+        try:
+            rest = self._bind_options(words, given) if self._has_options else words
+            self._bind_words(rest, given)
+            self._bind_params(params, given)
+            return self._arrange(given)
+        except ValueError as problem:
+            raise self.usage_error(str(problem)) from None
+
+    def _bind_options(self, words: Sequence[str], given: dict[str, Any]) -> list[str]:
+        """Take `--name VALUE` and its like out of the words, up to a `--`."""
+        rest: list[str] = []
+        left = iter(words)
+        for word in left:
+            if word == "--":
+                rest.extend(left)
+            elif word.startswith("--"):
+                self._bind_option(word, left, given)
+            else:
+                rest.append(word)
+        return rest
+
+    def _bind_option(self, word: str, left: Iterator[str], given: dict[str, Any]) -> None:
+        label, equals, text = word.partition("=")
+        name = label[2:].replace("-", "_")
+        if name in self._flags and not equals:
+            parameter, value = self._flags[name]
+            return self._set(parameter, value, given)
+        option = self._by_name.get(name)
+        if option is None or not option.is_option:
+            option = self._extra_named(name, f"unknown option {label[:40]!r}")
+        follows = text if equals else next(left, None)
+        if follows is None:
+            raise ValueError(f"{label[:40]} needs a value")
+        return self._set(option, follows, given)
+
+    def _bind_words(self, words: Sequence[str], given: dict[str, Any]) -> None:
+        for parameter, word in zip(self._words, words, strict=False):
+            given[parameter.name] = parameter.convert(word)
+        further = words[len(self._words) :]
+        if further and self._repeated is None:
+            raise ValueError(f"too many arguments, from {further[0][:40]!r} on")
+        if further and self._repeated is not None:
+            given[self._repeated.name] = [self._repeated.convert(word) for word in further]
+
+    def _bind_params(self, params: Mapping[str, Any], given: dict[str, Any]) -> None:
+        for name, value in params.items():
+            parameter = self._by_name.get(name)
+            if parameter is None:
+                parameter = self._extra_named(name, f"unknown parameter {name[:40]!r}")
+            self._set(parameter, value, given)
+
+    def _extra_named(self, name: str, problem: str) -> Parameter:
+        """The parameter that **kwargs makes of `name`; the Context's name is never a client's."""
+        if self._extra is None or not name or name in {*self._by_name, self.context_name}:
+            raise ValueError(problem)
+        return Parameter(name, self._extra.kind, is_option=True)
+
+    def _set(self, parameter: Parameter, value: Any, given: dict[str, Any]) -> None:
+        if parameter.name in given:
+            raise ValueError(f"{parameter.label} is given twice")
+        if not parameter.is_repeated:
+            given[parameter.name] = parameter.convert(value)
+        elif value != []:
+            values = value if isinstance(value, list) else [value]
+            given[parameter.name] = [parameter.convert(each) for each in values]
+
+    def _arrange(self, given: dict[str, Any]) -> Bound:
+        """Put what was given into the order of the signature; ValueError for what is missing."""
+        for parameter in self._required:
+            if parameter.name not in given:
+                raise ValueError(f"{parameter.label} is missing")
+        args = [given.pop(each.name, each.default) for each in self._words]
+        if self._repeated is not None:
+            args += given.pop(self._repeated.name, ())
+        return args, given  # what is left are options
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A command with its arguments, ready to run once."""
+
+    command: Command
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+def as_handler(function: Callable[..., Any], inline: bool) -> Command:
+    """An event handler in a Command's clothes: called with the values as they are."""
+
+    async def call_async(*args: Any) -> Any:
+        return await function(*args)
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    is_async = inspect.iscoroutinefunction(function)
+    return Command(call_async if is_async else call, name="handler", inline=inline)

@@ -1,0 +1,227 @@
+"""The command line: flags and variables made from the Config, and what a person reads at the start.
+
+Nothing here serves; `karna_ws.main` puts it together. Touches the environment and the standard
+streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from karna.config import Config
+from karna.errors import StartError
+from karna.listen import is_loopback
+from karna.log import log
+
+if TYPE_CHECKING:
+    import argparse
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+GROUPS = {
+    "where": "where to listen", "who": "who may come in", "limits": "limits",
+    "heartbeat": "heartbeat and Socket.IO", "recovery": "recovery and scale-out",
+    "commands": "commands and models", "run": "running",
+}  # fmt: skip
+
+
+def make_parser(version: str) -> argparse.ArgumentParser:
+    """The command line: one flag for each option, grouped."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:  # without the usage: one line
+            self.exit(2, f"karna_ws: {message}; --help shows the flags\n")
+
+    parser = Parser(
+        prog="karna_ws.py",
+        usage="karna_ws.py [FLAG ...]",
+        description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
+        epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "
+        "lists are separated by commas there.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
+    )
+    parser.add_argument("--version", action="version", version=f"karna_ws {version}")
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for option in fields(Config):
+        _add_flag(groups[option.metadata["group"]], option)
+    _add_host_flags(groups)
+    return parser
+
+
+def _add_flag(group: Any, option: Any) -> None:
+    default, metadata = option.default, option.metadata
+    flag = _flag(option)
+    given = _environment(flag)
+    metavar = metadata["metavar"] or option.name.upper()
+    more: dict[str, Any] = {"dest": option.name, "help": metadata["help"]}
+    if isinstance(default, bool):
+        flag, variable = "--no-" + flag[2:] if default else flag, flag
+        more |= {"action": "store_const", "const": not default}
+        more["default"] = default if given is None else _read_bool(variable, given)
+    elif isinstance(default, tuple):
+        parts = [part.strip() for part in (given or "").split(",")]
+        more |= {"action": "append", "metavar": metavar, "default": [*filter(None, parts)]}
+        more["help"] += " (repeatable)"
+    else:
+        kind = {"int": int, "float": float, "float | None": float}.get(str(option.type), str)
+        more |= {"type": kind, "metavar": metavar, "default": default if given is None else given}
+        more["help"] += "" if default is None else " (default: %(default)s)"
+    group.add_argument(flag, **more)
+
+
+def _flag(option: Any) -> str:
+    name: str = option.metadata["flag"] or option.name.removesuffix("_s").replace("_", "-")
+    return f"--{name}"
+
+
+def _variable(flag: str) -> str:
+    return "KARNA_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _environment(flag: str) -> str | None:
+    return os.environ.get(_variable(flag)) or None
+
+
+def _read_bool(flag: str, text: str) -> bool:
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise ValueError(f"{_variable(flag)} must be 1 or 0, not {text!r}")
+
+
+def _add_host_flags(groups: Mapping[str, Any]) -> None:
+    """Flags of the program that are no options of `serve()`."""
+    programs = _environment("--allow-program")
+    groups["commands"].add_argument(
+        "--allow-program", action="append", metavar="NAME[=PATH]",
+        default=programs.split(",") if programs else [],
+        help="make a program of this machine a command (repeatable)",
+    )  # fmt: skip
+    model = "its model (default: the first it lists); its key comes from"
+    for flag, metavar, help in (
+        ("--vision-url", "URL", "OpenAI-compatible model server for vision, such as "
+         "http://localhost:11434"),
+        ("--vision-model", "NAME", f"{model} KARNA_VISION_KEY"),
+        ("--language-url", "URL", "the same for language"),
+        ("--language-model", "NAME", f"{model} KARNA_LANGUAGE_KEY"),
+    ):  # fmt: skip
+        default = _environment(flag)
+        groups["commands"].add_argument(flag, metavar=metavar, default=default, help=help)
+    groups["run"].add_argument(
+        "--log-level", metavar="LEVEL", type=str.lower,
+        default=_environment("--log-level") or "info",
+        help=f"{', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]} (default: info)",
+    )  # fmt: skip
+
+
+def warn_of_misspelt(environment: Iterable[str], arguments: Iterable[str]) -> None:
+    """A variable that is nearly one of ours does nothing, and its owner should know."""
+    flags = [*map(_flag, fields(Config)), *arguments, "vision-key", "language-key"]
+    known = {_variable(flag) for flag in flags}
+    for name in environment:
+        if name.startswith("KARNA_") and name not in known:
+            from difflib import get_close_matches
+
+            for meant in get_close_matches(name, known, 1, 0.8):
+                log.warning("the variable %s means nothing; is it %s?", name, meant)
+
+
+def in_terms_of_flags(error: Exception) -> str:
+    """An error's text; the option that it begins with as the flag that people know."""
+    name, _, rest = str(error).partition(" ")
+    flags = {option.name: _flag(option) for option in fields(Config)}
+    return f"{flags.get(name, name)} {rest}"
+
+
+def describe_server(version: str, config: Config, listening: socket.socket) -> str:
+    """What a person reads at the start: the doors, who may come in, what to try."""
+    if config.unix is not None:
+        base = socket_base = f"unix:{config.unix}"
+    else:
+        place = f"{_shown_host(listening)}:{listening.getsockname()[1]}"
+        secure = "s" if config.certfile else ""
+        base, socket_base = f"http{secure}://{place}", f"ws{secure}://{place}"
+    return f"""\
+Karna WS {version}
+  console    {base}/
+  raw        {socket_base}/ws
+  Socket.IO  {socket_base}/ws  (socket.io-client 3 or 4, transports: ['websocket'])
+  REST       {base}/api/status
+  JSON-RPC   {base}/rpc
+  metrics    {base}/metrics
+  open to    {_shown_access(config)}
+  try        {_shown_trial(config, base)}"""
+
+
+def _shown_host(listening: socket.socket) -> str:
+    name = listening.getsockname()
+    if not isinstance(name, tuple) or name[0] in ("127.0.0.1", "0.0.0.0", "::", "::1"):
+        return "localhost"
+    return f"[{name[0]}]" if ":" in name[0] else str(name[0])
+
+
+def _shown_access(config: Config) -> str:
+    if config.unix is not None:
+        who = "the owner of the socket's file"
+    elif is_loopback(config.host):
+        who = "this machine, and pages served from it"
+    else:
+        who = f"everyone who reaches {config.host or 'this machine'}"
+    pages = f", and pages of {', '.join(config.allow_origin)}" if config.allow_origin else ""
+    return f"{who}{pages}; {'with the token' if config.token else 'without a token'}"
+
+
+def _shown_trial(config: Config, base: str) -> str:
+    token = ' -H "Authorization: Bearer $KARNA_TOKEN"' if config.token else ""
+    unix = f" --unix-socket {config.unix}" if config.unix else ""
+    url = "http://localhost" if config.unix else base
+    body = """ -H 'Content-Type: application/json' -d '{"command": "help"}'"""
+    return f"curl{unix}{token}{body} {url}/api/execute_command"
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Print for a person; a closed stdout or stderr must not end the server."""
+    with suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
+
+
+def open_standard_files() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed; else a socket takes that number.
+
+    What libraries write to stderr would go to a client then, and libuv aborts the process.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def set_up_logging(level: str) -> None:
+    """One line an event on stderr; a log that can't be written is no reason to fail."""
+    if level not in LOG_LEVELS:
+        raise ValueError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {level!r}")
+    logging.raiseExceptions = False
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s")
+
+
+def new_event_loop(name: str) -> asyncio.AbstractEventLoop:
+    """The event loop of that name; "auto" is uvloop where it is installed. Raises StartError."""
+    if name != "asyncio":
+        try:
+            import uvloop
+
+            return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
+        except ImportError:
+            if name == "uvloop":
+                raise StartError("uvloop is not installed: pip install uvloop") from None
+    return asyncio.new_event_loop()

@@ -1,0 +1,619 @@
+"""One socket: bytes to messages and back, back-pressure, heartbeat, close.
+
+A Connection owns its socket's bytes. Its first door is an HTTP exchange, which takes them as they
+are; an upgrade swaps the door, and from then on they are WebSocket frames. Whole, final, masked
+data frames take the fast lane: they are unmasked and handled on the spot, and the answers of one
+read leave in one write. Every other frame goes, whole, to the websockets library, which knows the
+rest of RFC 6455.
+
+The library's own machinery (a task, a queue and two futures per client) is bypassed. The names of
+its that we rely on without a promise are used in this room only, and `frames.apply_mask`:
+
+    ServerProtocol.receive_data, receive_eof, events_received, data_to_send, send_close, fail,
+    state, parse, parser, reader.eof, eof_sent, current_size       Frame.opcode, .data, .fin
+
+asyncio accepts, closes, keeps what a socket does not take, and does TLS and HTTP. Where there is
+epoll, open WebSockets are read and written by us: one reader for all of them, and a write straight
+to the socket while nothing waits before it.
+
+Touches the hub it belongs to and the door it has; used by the doors and by the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any, cast
+
+from websockets.asyncio.server import Server as WebSocketServer
+from websockets.asyncio.server import ServerConnection
+from websockets.frames import BINARY, CONT, TEXT, CloseCode, Frame
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from karna.errors import FAULTS
+from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
+from karna.hub import Hub
+from karna.reader import FLUSH_BYTES, EpollReader
+
+MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
+MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others
+FLUSH_FRAMES = 64  # joined into one write before it leaves
+LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
+SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
+
+NEVER = math.inf
+
+
+class Phase(Enum):
+    """Where a socket is in its life; what arrives is read accordingly."""
+
+    HTTP = "http"  # requests, one after another, until one of them upgrades
+    OPEN = "open"  # WebSocket frames
+    CLOSING = "closing"  # a close frame or a last answer is out; the peer may still read
+    CLOSED = "closed"
+
+
+_OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
+
+# Reasons not to read a client, as bits.
+HOLD_WRITES = 1  # it does not read: its answers pile up
+HOLD_CALLS = 2  # too many of its requests wait for running commands
+HOLD_CONNECT = 4  # its connect handler is still deciding
+HOLD_CLOSED = 8  # nothing that still arrives counts
+HOLD_TURN = 16  # it has had its turn: others are served before it goes on
+HOLD_ANSWER = 32  # it pipelines HTTP requests faster than they are answered
+
+
+class Door:
+    """What a Connection hands what it has read: bytes before an upgrade, then messages."""
+
+    __slots__ = ()
+
+    def take(self, data: bytes) -> None:
+        """Handle bytes that are no WebSocket's; what is left of them goes to `connection.keep`."""
+        raise NotImplementedError
+
+    def receive(self, payload: bytes, is_text: bool) -> bytes | None:
+        """Handle one message; the text to send now, if any. May raise: see `failed`."""
+        raise NotImplementedError
+
+    def failed(self) -> bytes | None:
+        """What is said where a bug of ours kept a message from being handled; already logged."""
+        return None
+
+    def take_end(self) -> bool:
+        """The peer sends no more, before an upgrade; is an answer to it still to come?"""
+        return False
+
+    def on_deadline(self, now: float) -> None:
+        """The connection's deadline has passed: heartbeat, or time-outs of the door's own."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """The connection closes: cancel what runs for it."""
+        raise NotImplementedError
+
+
+class Connection(ServerConnection):
+    """One socket, from its first byte to its close."""
+
+    # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
+    __slots__ = (
+        "_drained", "_holds", "_need", "_parts", "_parts_are_text", "_queue", "_tail", "allowance",
+        "deadline", "door", "fd", "heard", "hub", "is_queueing", "loop", "name", "next_ping",
+        "phase", "pinged_at", "protocol", "reader", "transport", "waiting", "waiting_bytes",
+    )  # fmt: skip
+
+    def __init__(
+        self, hub: Hub, protocol: ServerProtocol, server: WebSocketServer, **options: Any
+    ) -> None:
+        # Not super(): it makes futures, queues and loggers for the machinery we go around, 2 KiB
+        # and 10 microseconds a client.
+        self.protocol = protocol
+        self.loop = asyncio.get_running_loop()
+        self.hub = hub
+        self.name = f"c{next(hub.names)}"  # in logs
+        self.phase = Phase.HTTP
+        self.deadline = self.loop.time() + hub.config.open_timeout_s
+        self.heard = True
+        self.fd = -1  # of its socket, if we may use that ourselves
+        self.reader: EpollReader | None = None  # who reads it in place of the transport
+        self.next_ping = NEVER
+        self.pinged_at: float | None = None
+        self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
+        self.waiting = 0  # requests, all namespaces together, that wait for a command to end
+        self.waiting_bytes = 0
+        self.is_queueing = False  # until the next flush frames are queued, to leave together
+        self._queue: list[bytes] = []
+        self._drained: asyncio.Future[None] | None = None
+        self._holds = 0
+        self._tail: bytearray | None = None  # what arrived of the next frame or request
+        self._need = 0  # bytes that `_tail` must have before another look at it is worth while
+        self._parts: list[bytes] | None = None  # of a fragmented message
+        self._parts_are_text = False
+        self.door: Door = hub.first_door(self)
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Not super(): it would start the library's handler task.
+        self.transport = cast(asyncio.Transport, transport)
+        if self.hub.reader is not None and not transport.get_extra_info("ssl_object"):
+            self.fd = transport.get_extra_info("socket").fileno()
+            self.transport.set_write_buffer_limits(0)
+        self.hub.adopt(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.hub.bytes_in += len(data)
+        self.take(data)
+        self.flush()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Nothing more arrives; true: an answer is still to come, the transport stays open."""
+        if self.phase is Phase.HTTP:
+            return self.door.take_end()
+        self._begin_closing()
+        if self._is_websocket:
+            self.protocol.receive_eof()
+            self._send_library_data()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.reader is not None:
+            self.reader.remove(self)
+        self.fd = -1  # it may soon be another's
+        if self.phase in (Phase.HTTP, Phase.OPEN):
+            self.door.leave()
+        self.phase = Phase.CLOSED
+        self.deadline = NEVER
+        self._holds = HOLD_CLOSED
+        self._tail = self._parts = None
+        self.hub.release(self)
+        self._wake_writers()
+
+    def pause_writing(self) -> None:
+        self.hold(HOLD_WRITES)
+
+    def resume_writing(self) -> None:
+        self.allowance = 0
+        self.heard = True  # who takes what we write lives, even if we can't listen meanwhile
+        self.release(HOLD_WRITES)
+        self._wake_writers()
+
+    # Bytes to frames, frames to messages.
+
+    def take_end(self) -> None:
+        """The peer of a WebSocket sends no more: what asyncio does then."""
+        self._pause_reading()
+        self.eof_received()
+        self.transport.close()
+
+    def keep(self, data: bytes, need: int = 0) -> None:
+        """Keep what has arrived of something until it has `need` bytes."""
+        if data:
+            self._tail = bytearray(data)
+            self._need = need
+
+    def take(self, data: bytes) -> None:
+        """Handle whole frames in `data`, keep the rest; the answers are queued."""
+        self.heard = True
+        if self._tail is not None or self.phase is not _OPEN:
+            return self._take_other(data)
+        self.is_queueing = True
+        receive, answers, heads = self.door.receive, self._queue, SHORT_TEXT_HEADS
+        limit = self.hub.max_message_bytes
+        position, end, need, messages = 0, len(data), 0, 0
+        while not self._holds:
+            if end - position < 2:
+                need = 2
+                break
+            first, second = data[position], data[position + 1]
+            if 128 <= second < 254:  # the mask bit, and a length of up to 125
+                body = position + 6
+                stop = body + second - 128
+            elif second < 128:  # not masked
+                return self._fail_slowly(data[position:])
+            else:
+                size_bytes = 2 if second == 254 else 8
+                if end - position < 2 + size_bytes:
+                    need = 2 + size_bytes
+                    break
+                body = position + 6 + size_bytes
+                stop = body + int.from_bytes(data[position + 2 : position + 2 + size_bytes], "big")
+            is_data = (first == 0x81 or first == 0x82) and self._parts is None
+            if is_data and stop - body <= limit:
+                if stop > end:
+                    need = stop - position
+                    break
+                if messages == MAX_MESSAGES:
+                    self._wait_for_turn()
+                    break
+                payload = apply_mask(data[body:stop], data[body - 4 : body])
+                position = stop
+                messages += 1
+                try:
+                    answer = receive(payload, first == 0x81)
+                except FAULTS as exc:
+                    self._receive_failed(payload, first == 0x81, exc)
+                else:
+                    if answer is None:
+                        continue
+                    size = len(answer)
+                    if size < 126:
+                        answers.append(heads[size] + answer)
+                    else:
+                        self._send_long(answer)
+            else:
+                if self._is_doomed(first, stop - body):
+                    return self._fail_slowly(data[position:])
+                if stop > end:
+                    need = stop - position
+                    break
+                self._feed_library(data[position:stop])
+                position = stop
+        self.hub.messages_in += messages
+        if self.phase is not _OPEN:
+            self._read_late(data[position:])
+        elif position < end:
+            self._tail = bytearray(memoryview(data)[position:])
+            self._need = sys.maxsize if self._holds else need
+
+    def _take_other(self, data: bytes) -> None:
+        """Take what is not simply the next frames of an open WebSocket."""
+        if self.phase is Phase.CLOSING:
+            return self._read_late(data)
+        if self._tail is not None:
+            self._tail += data
+            if len(self._tail) < self._need:
+                return
+            data, self._tail = bytes(self._tail), None
+        if self.phase is _OPEN:
+            self.take(data)
+        elif self.phase is Phase.HTTP:
+            self.door.take(data)
+
+    def _wait_for_turn(self) -> None:
+        """Others first: however much one client sends at once, it gets its share of the loop."""
+        self.hold(HOLD_TURN)
+        self.hub.turns.wait(self._have_turn)
+
+    def _have_turn(self) -> None:
+        if self.phase is _OPEN:
+            self._holds &= ~HOLD_TURN
+            if not self._holds:
+                self._resume_reading()
+                self._need = 0
+                self.read_kept()
+
+    def _send_long(self, answer: bytes) -> None:
+        """Of long answers not all that a read asks for may wait."""
+        if len(answer) > FLUSH_BYTES:
+            self.allow(len(answer))
+        self.send_frame(frame_text(answer))
+
+    def _is_doomed(self, first: int, size: int) -> bool:
+        """Will the library fail the connection for this frame, whatever its payload?"""
+        opcode = first & 0x0F
+        if opcode >= 8:
+            return first & 0xF0 != 0x80 or opcode > 10 or size > 125
+        limit = self.hub.config.max_message_bytes - (self.protocol.current_size or 0)
+        return first & 0x70 != 0 or opcode > 2 or size > limit
+
+    def _fail_slowly(self, data: bytes) -> None:
+        """Let the library see a frame that it will refuse, byte by byte as it arrives."""
+        self._begin_closing()
+        self._read_late(data)
+
+    @property
+    def _is_websocket(self) -> bool:
+        return self.protocol.state is not State.CONNECTING
+
+    def _read_late(self, data: bytes) -> None:
+        """What arrives once we are closing: only the library's close handshake matters."""
+        if data and self._is_websocket and not self.protocol.reader.eof:
+            self.protocol.receive_data(data)
+            self.protocol.events_received()
+            self._send_library_data()
+
+    def _feed_library(self, frame: bytes) -> None:
+        self.protocol.receive_data(frame)
+        for event in self.protocol.events_received():
+            if isinstance(event, Frame) and event.opcode in (TEXT, BINARY, CONT):
+                self._assemble(event)
+        self._send_library_data()
+
+    def _assemble(self, frame: Frame) -> None:
+        """Collect the fragments of a message; handle it when it is whole."""
+        if self._parts is None:
+            self._parts = []
+            self._parts_are_text = frame.opcode is TEXT
+        if len(self._parts) >= MAX_FRAGMENTS:
+            return self._fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+        self._parts.append(bytes(frame.data))
+        if not frame.fin:
+            return
+        payload, self._parts = b"".join(self._parts), None
+        self.hub.messages_in += 1
+        try:
+            answer = self.door.receive(payload, self._parts_are_text)
+        except FAULTS as exc:
+            self._receive_failed(payload, self._parts_are_text, exc)
+        else:
+            if answer is not None:
+                self.send_frame(frame_text(answer))
+
+    def _receive_failed(self, payload: bytes, is_text: bool, exc: BaseException) -> None:
+        """Text that is not UTF-8 ends the connection (RFC 6455, 8.1); a bug of ours does not."""
+        try:
+            if is_text:
+                payload.decode()
+        except UnicodeDecodeError as bad:
+            self._fail(CloseCode.INVALID_DATA, f"{bad.reason} at position {bad.start}")
+        else:
+            self.hub.log_error(f"{self.name} message failed", exc)
+            answer = self.door.failed()
+            if answer is not None:
+                self.send_frame(frame_text(answer))
+
+    def _fail(self, code: CloseCode, reason: str) -> None:
+        if self.protocol.state is State.OPEN:
+            self.protocol.fail(code, reason)
+        self._send_library_data()
+
+    # Messages to frames.
+
+    def send_frame(self, frame: bytes, *, is_delivery: bool = False) -> None:
+        """Send one or more frames, behind the answers of this read or of this turn of the loop.
+
+        Never waits. A client whose unsent bytes are over its limit gets no more: it is dropped.
+        """
+        if self.phase is not _OPEN:
+            return
+        if self._holds & HOLD_WRITES and self.is_behind:
+            return self._drop_slow()
+        if not self.is_queueing:
+            self.is_queueing = True
+            self.loop.call_soon(self.flush)
+        self._queue.append(frame)
+        if is_delivery:
+            self.hub.messages_out -= 1  # the flush will count it, and so do deliveries
+        if len(frame) > FLUSH_BYTES or len(self._queue) >= FLUSH_FRAMES:
+            self.flush()
+            self.is_queueing = True  # as the read or the callback that will flush the rest expects
+
+    def _drop_slow(self) -> None:
+        """It reads too slowly: it gets no more, and may come back through its offset."""
+        self.hub.drop(self.name, "slow")
+        limit = self.hub.config.max_unsent_bytes
+        self.close(CloseCode.TRY_AGAIN_LATER, f"over {limit} bytes unread (--max-unsent)")
+
+    def write(self, data: bytes) -> None:
+        """Give the socket what it takes at once, and the transport the rest."""
+        fd = self.fd
+        if fd < 0 or self._holds & HOLD_WRITES:
+            return self.transport.write(data)
+        try:
+            sent = os.write(fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return self.abort()  # the peer is gone
+        if sent < len(data):
+            self.transport.write(memoryview(data)[sent:])
+
+    def abort(self) -> None:
+        """Cut the connection; nothing that has arrived is read any more."""
+        if self.reader is not None:
+            self.reader.remove(self)
+        self._holds |= HOLD_CLOSED
+        self.transport.abort()
+
+    def allow(self, size: int) -> None:
+        """That much more may be unsent: it was asked for, and is no sign of a slow client."""
+        self.allowance = size + (0 if self.is_writable else self.allowance)
+
+    @property
+    def is_behind(self) -> bool:
+        """Has its socket left more bytes untaken than it may?"""
+        limit = self.hub.config.max_unsent_bytes + self.allowance
+        return self.transport.get_write_buffer_size() > limit
+
+    @property
+    def is_writable(self) -> bool:
+        """Does the client read as fast as we write?"""
+        return not self._holds & HOLD_WRITES
+
+    async def drained(self) -> None:
+        """Wait while the client reads more slowly than we write to it."""
+        if self._holds & HOLD_WRITES and self.phase is _OPEN:
+            if self._drained is None:
+                self._drained = self.loop.create_future()
+            await asyncio.shield(self._drained)
+
+    def _wake_writers(self) -> None:
+        if self._drained is not None:
+            self._drained.set_result(None)
+            self._drained = None
+
+    def flush(self) -> None:
+        """Write what is queued, in one piece."""
+        self.is_queueing = False
+        queue, hub = self._queue, self.hub
+        count = len(queue)
+        if count == 1:
+            frames = queue.pop()
+        elif count:
+            frames = b"".join(queue)
+            queue.clear()
+        if count and self.phase is _OPEN:
+            hub.messages_out += count
+            hub.bytes_out += len(frames)
+            self.write(frames)
+
+    def _send_library_data(self) -> None:
+        """Write what the library has to say, behind our own answers; follow it into closing."""
+        pieces = self.protocol.data_to_send()
+        if self.protocol.state is State.OPEN:
+            if pieces:  # pongs, which keep their place among the answers
+                self.send_frame(b"".join(pieces))
+            return
+        self.flush()
+        # Behind a close frame come pongs alone; who does not read them gets no more.
+        if pieces and (self.phase is _OPEN or not self.is_behind):
+            self.write(b"".join(pieces))
+        self._begin_closing()
+        if self.protocol.eof_sent and pieces and not pieces[-1]:
+            self._half_close()
+
+    def _half_close(self) -> None:
+        """Say that nothing more comes; the peer's own end closes the socket, or the deadline."""
+        try:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            else:  # TLS
+                self.transport.close()
+        except (OSError, RuntimeError):
+            self.abort()  # the peer is gone already
+
+    # Back-pressure.
+
+    def hold(self, reason: int) -> None:
+        """Stop reading this client, for one of the HOLD_ reasons."""
+        if not self._holds:
+            self._pause_reading()
+        self._holds |= reason
+
+    def release(self, reason: int) -> None:
+        """Undo `hold`; reading goes on when no reason is left."""
+        if not self._holds & reason:
+            return
+        self._holds &= ~reason
+        if not self._holds and not self.transport.is_closing():
+            self._resume_reading()
+            self._need = 0
+            # Not now: the caller may be in the middle of handling another message.
+            self.hub.turns.wait(self.read_kept)
+
+    def _pause_reading(self) -> None:
+        if self.reader is not None:
+            self.reader.remove(self)
+        elif not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.reader is not None:
+            self.reader.add(self)
+        else:
+            self.transport.resume_reading()
+
+    @property
+    def has_kept(self) -> bool:
+        """Has something arrived that is not whole yet?"""
+        return self._tail is not None
+
+    def read_kept(self) -> None:
+        """Handle what was kept while the client was held."""
+        if self._tail is not None and not self._holds and self.phase in (Phase.OPEN, Phase.HTTP):
+            try:
+                self.data_received(b"")
+            except FAULTS as exc:
+                self.hub.log_error(f"{self.name} failed", exc)
+                self.abort()
+
+    # Heartbeat and closing.
+
+    def upgrade(self, handshake: bytes, door: Door, ping_interval_s: float) -> None:
+        """Answer the handshake: from here on `door` gets the messages."""
+        self.protocol.state = State.OPEN
+        self.protocol.parser = self.protocol.parse()  # past the HTTP head, which was ours
+        next(self.protocol.parser)
+        self.door = door
+        self.phase = _OPEN
+        self._queue.append(handshake)
+        self.is_queueing = True  # what follows it leaves in the same write
+        if self.fd >= 0:
+            self._pause_reading()
+            self.reader = self.hub.reader
+            if not self._holds:
+                self._resume_reading()
+        self.next_ping = self.deadline = self.loop.time() + ping_interval_s
+
+    def on_deadline(self, now: float) -> None:
+        """Called by the hub's sweep when `deadline` has passed."""
+        if self.phase in (Phase.HTTP, Phase.OPEN):
+            self.door.on_deadline(now)
+        else:
+            self.abort()
+
+    def heartbeat(self, now: float, interval_s: float, frame: bytes) -> None:
+        """Ping when it is time, drop the peer when the last ping met only silence."""
+        timeout_s = self.hub.config.ping_timeout_s
+        if self.heard or self._holds & ~HOLD_WRITES:  # while we don't read it, we can't hear it
+            self.pinged_at = None
+        if self.pinged_at is not None and now >= self.pinged_at + timeout_s:
+            self.hub.drop(self.name, "silent")
+            self.close(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
+            return self.abort()
+        if now >= self.next_ping:
+            self.next_ping = now + interval_s
+            self.heard = False
+            if self.pinged_at is None:
+                self.pinged_at = now
+            self.send_frame(frame)
+        silence = NEVER if self.pinged_at is None else self.pinged_at + timeout_s
+        self.deadline = min(self.next_ping, silence)
+
+    def close(self, code: int, reason: str = "") -> None:  # type: ignore[override]
+        """Start the closing handshake; the socket is cut if the peer does not answer in time."""
+        if self.phase is _OPEN and self.protocol.state is State.OPEN:
+            # 125 bytes hold the code and a reason of 123 (RFC 6455, 5.5).
+            self.protocol.send_close(code, reason.encode()[:123].decode(errors="ignore"))
+            self._send_library_data()
+
+    def close_http(self, answer_bytes: int, *, has_ended: bool) -> None:
+        """The last answer is written: close once the peer, if it has not, had time to read it."""
+        self.phase = Phase.CLOSING
+        linger_s = LINGER_S + answer_bytes / SLOWEST_READER_BYTES_S
+        self.deadline = self.loop.time() + linger_s
+        self.transport.close() if has_ended else self._half_close()
+
+    def _begin_closing(self) -> None:
+        if self.phase is not _OPEN:
+            return
+        self.flush()
+        self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
+        self.door.leave()
+        self.deadline = self.loop.time() + self.hub.config.close_timeout_s
+        if self._holds:
+            self._resume_reading()  # for the peer's own close frame
+        self._holds |= HOLD_CLOSED
+        tail, self._tail = self._tail, None
+        if tail:
+            self._read_late(bytes(tail))
+
+
+def write_all(connections: Iterable[Connection], frames: bytes) -> None:
+    """Write the same frames to each connection, without waiting for any."""
+    write, size, written, hub = os.write, len(frames), 0, None
+    for connection in connections:
+        hub = connection.hub
+        if connection._holds or connection.is_queueing:
+            connection.send_frame(frames, is_delivery=True)
+            continue
+        written += 1
+        try:
+            sent = write(connection.fd, frames)  # as Connection.write, without the call
+        except OSError:  # it takes nothing now, is gone, or its transport has to write
+            connection.write(frames)
+        else:
+            if sent < size:
+                connection.transport.write(memoryview(frames)[sent:])
+    if hub is not None:
+        hub.bytes_out += size * written  # those of the others count when they leave

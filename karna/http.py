@@ -1,0 +1,350 @@
+"""One HTTP exchange: a request and its one answer; the first door of every socket.
+
+The websockets library refuses request bodies, answers in plain text and takes 40 microseconds a
+handshake, so HTTP is read and answered here. A connection is kept for the next request unless
+either side says `close`; each request has an Exchange of its own, and they are answered in order.
+
+Touches its connection; knows no path: `route`, given by the top, upgrades or answers. `accept` at
+the end is the WebSocket handshake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from enum import Enum
+from http import HTTPStatus
+from typing import Any
+
+from karna.calls import Client, Request
+from karna.connection import HOLD_ANSWER, NEVER, SLOWEST_READER_BYTES_S, Connection, Door, Phase
+from karna.envelopes import INTERNAL_ERROR, encode_error
+from karna.errors import HTTP_STATUS, InvalidRequest, RequestError, explain
+from karna.head import MAX_HEAD_BYTES, Head, check_partial_head, parse_head
+from karna.log import log
+from karna.text import encodable
+
+MAX_PIPELINED_BYTES = 64 * 1024  # that wait for an answer; then the connection is not read
+PROBE_S = 2.0  # how often a peer that sends no more is asked whether it still listens
+
+Handler = Callable[["Exchange", bytes], None]  # answers an exchange, whose body it gets
+
+
+class Stage(Enum):
+    """How far an exchange has come."""
+
+    HEAD = "head"  # the head is arriving
+    BODY = "body"  # the body is arriving
+    ANSWERING = "answering"
+    DONE = "done"
+
+
+class Exchange(Door):
+    """One HTTP request on a connection, and its one answer.
+
+    route: called once the head is there; it raises RequestError, upgrades the connection, or calls
+    `serve`. client: who asked for a command that runs, if one does.
+    """
+
+    __slots__ = (
+        "_handler", "_has_begun", "_has_ended", "_is_first", "_rest", "_stage", "client",
+        "connection", "head", "is_last", "origin", "route",
+    )  # fmt: skip
+    head: Head  # from the end of Stage.HEAD on
+    _handler: Handler
+
+    def __init__(self, connection: Connection, route: Callable[[Exchange], None]) -> None:
+        self.connection = connection
+        self.route = route
+        self.client: Client | None = None
+        self.origin: str | None = None  # the allowed origin that a CORS answer names
+        self.is_last = True  # until a head that is well formed says otherwise
+        self._stage = Stage.HEAD
+        self._rest = b""  # what arrived behind this request
+        self._is_first = True  # of its connection
+        self._has_begun = False  # to arrive
+        self._has_ended = False  # the peer sends no more
+
+    # Reading.
+
+    def take(self, data: bytes) -> None:
+        if self._stage is Stage.HEAD:
+            self._take_head(data)
+        elif self._stage is Stage.BODY:
+            self._take_body(data)
+        else:  # a pipelined request waits for the answer to this one
+            self._rest += data
+            if len(self._rest) > MAX_PIPELINED_BYTES:
+                self.connection.hold(HOLD_ANSWER)
+
+    def _take_head(self, data: bytes) -> None:
+        """Collect the head; once it is whole, route the request or refuse it."""
+        if not self._has_begun and not self._is_first:
+            self._set_deadline(0)  # it was idle until now
+        self._has_begun = True
+        try:
+            end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
+            if end < 0:
+                check_partial_head(data)
+                return self.connection.keep(data)
+            self.head = parse_head(data[: end + 4])
+            self._rest = data[end + 4 :]
+            self.is_last = self.head.is_last
+            self._stage = Stage.BODY if self.head.body_bytes else Stage.ANSWERING
+            self.route(self)
+        except Exception as exc:
+            self.fail(exc)
+
+    def serve(self, wanted: str, handler: Handler) -> None:
+        """Let `handler` answer, with the body, if the method is the wanted one.
+
+        Raises RequestError; answers OPTIONS, and HEAD where GET is wanted.
+        """
+        head = self.head
+        allow = "GET, HEAD, OPTIONS" if wanted == "GET" else "POST, OPTIONS"
+        if head.method == "OPTIONS":
+            handler = self._preflight(allow)
+        elif head.method != wanted and (head.method, wanted) != ("HEAD", "GET"):
+            message = f"{head.path} takes {allow}"
+            raise InvalidRequest(message, status=405, headers={"Allow": allow})
+        elif wanted == "POST":
+            self._check_body()
+        limit = self.connection.hub.config.max_body_bytes
+        if head.body_bytes > limit:
+            raise RequestError(f"the body is over {limit} bytes (--max-body)", code="too_large")
+        if len(self._rest) < head.body_bytes and head.expects_continue:
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._handler = handler
+        self._take_body(self._rest)
+
+    def _check_body(self) -> None:
+        """What a POST announces must be what we take."""
+        kind = self.head.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in JSON_TYPES:
+            message = "the body must be JSON, with Content-Type: application/json"
+            raise InvalidRequest(message, status=415)
+        if "content-length" not in self.head.headers:
+            raise InvalidRequest("a body needs Content-Length", status=411)
+
+    def _take_body(self, data: bytes) -> None:
+        """Collect the body, by the deadline of the head; handle the request when it is whole."""
+        size = self.head.body_bytes
+        if len(data) < size:
+            return self.connection.keep(data, size)
+        self._stage = Stage.ANSWERING
+        self._rest = data[size:]
+        self.connection.deadline = NEVER  # the command's own time limit holds
+        if self._has_ended:
+            self._set_probe()
+        try:
+            self._handler(self, data[:size])
+        except Exception as exc:
+            self.fail(exc)
+        return None
+
+    def take_end(self) -> bool:
+        """An answer that is still to come reaches a peer that has only ended its own side."""
+        self._has_ended = True
+        if self._stage is not Stage.ANSWERING or not self.connection.transport.can_write_eof():
+            return False
+        self._set_probe()
+        return True
+
+    def _set_probe(self) -> None:
+        if not self.head.is_http_1_0:
+            self.connection.deadline = self.connection.loop.time() + PROBE_S
+
+    # Answering.
+
+    def answer(
+        self, status: int, body: bytes, content_type: str = "application/json",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Send the one answer; then the next request has its turn, or the socket is closed."""
+        connection = self.connection
+        if self._stage is Stage.DONE or connection.phase is not Phase.HTTP:
+            return
+        if self._stage is not Stage.ANSWERING or connection.hub.is_draining:
+            self.is_last = True  # what may still arrive is no request
+        self.is_last = self.is_last or (self._has_ended and not self._rest)
+        self._stage = Stage.DONE
+        head = self._encode_head(status, len(body), content_type, headers or {})
+        request = getattr(self, "head", None)
+        connection.write(head if request and request.method == "HEAD" else head + body)
+        if self.is_last:
+            connection.close_http(len(body), has_ended=self._has_ended)
+        else:
+            self._set_deadline(len(body))
+            self._give_way()
+
+    def _give_way(self) -> None:
+        """The next request of the connection has its turn."""
+        connection, follower = self.connection, Exchange(self.connection, self.route)
+        follower._is_first, follower._has_ended = False, self._has_ended
+        connection.door = follower
+        connection.release(HOLD_ANSWER)
+        if self._rest:
+            connection.keep(self._rest)
+            connection.hub.turns.wait(connection.read_kept)
+
+    def _set_deadline(self, answer_bytes: int) -> None:
+        """For a request to arrive, once the peer had time to read the answer before it."""
+        limit_s = self.connection.hub.config.open_timeout_s
+        now = self.connection.loop.time()
+        self.connection.deadline = now + limit_s + answer_bytes / SLOWEST_READER_BYTES_S
+
+    def _encode_head(
+        self, status: int, size: int, content_type: str, headers: Mapping[str, str]
+    ) -> bytes:
+        fields = {"Cache-Control": "no-store", "Vary": "Origin"}
+        if self.is_last:
+            fields["Connection"] = "close"
+        if status != 204:  # which has no body to describe (RFC 9110, 8.6)
+            fields |= {"Content-Length": str(size), "Content-Type": content_type}
+            fields["X-Content-Type-Options"] = "nosniff"
+        fields |= headers
+        if self.origin is not None:
+            fields["Access-Control-Allow-Origin"] = self.origin
+        text = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        text += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        return f"{text}\r\n".encode("latin-1")
+
+    def _preflight(self, allow: str) -> Handler:
+        """A CORS preflight; its Origin has been checked."""
+        headers = {"Allow": allow}
+        if self.origin is not None:
+            headers["Access-Control-Allow-Methods"] = allow
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+            headers["Access-Control-Max-Age"] = "600"
+            if "access-control-request-private-network" in self.head.headers:
+                headers["Access-Control-Allow-Private-Network"] = "true"
+        return lambda exchange, body: exchange.answer(204, b"", headers=headers)
+
+    def fail(self, exc: Exception) -> None:
+        """Answer with what went wrong: an error envelope; a bug of ours is logged."""
+        hub = self.connection.hub
+        if not isinstance(exc, RequestError):
+            hub.log_error(f"{self.connection.name} HTTP request failed", exc)
+            return self.answer(500, INTERNAL_ERROR)
+        text = explain(exc)
+        hub.metrics.refusals[exc.code] += 1
+        if exc.code == "forbidden" and hub.log_gate.admits(text[:300]):
+            log.warning("%s refused: %s", self.connection.name, text)
+        body = exc.body or encode_error(exc.code, encodable(text), **exc.data)
+        return self.answer(exc.status, body, headers=exc.headers)
+
+    # Its end.
+
+    def on_deadline(self, now: float) -> None:
+        """The head or the body did not arrive in time; or nobody may wait for the answer."""
+        connection = self.connection
+        if self._stage is Stage.ANSWERING:  # the peer has ended its side: is it there at all?
+            connection.deadline = now + PROBE_S
+            return connection.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        if self._stage is Stage.HEAD and not connection.has_kept:
+            if self._is_first:  # it never said a word
+                connection.hub.metrics.refusals["timeout"] += 1
+            return connection.abort()
+        limit_s = connection.hub.config.open_timeout_s
+        message = f"the request took longer than {limit_s:g} s to arrive (--open-timeout)"
+        return self.fail(RequestError(message, code="timeout", status=408))
+
+    @property
+    def is_idle(self) -> bool:
+        """Has it asked for nothing?"""
+        return self._stage is Stage.HEAD
+
+    @property
+    def is_done(self) -> bool:
+        """Has it been answered?"""
+        return self._stage is Stage.DONE
+
+    @property
+    def rest(self) -> bytes:
+        """What arrived behind the request: of a WebSocket, its first frames."""
+        return self._rest
+
+    def leave(self) -> None:
+        if self.client is not None:
+            self.client.cancel_calls()
+
+
+JSON_TYPES = ("application/json", "application/json-rpc")
+
+
+class HttpClient(Client):
+    """Who made one HTTP request that runs commands."""
+
+    __slots__ = ("exchange",)
+    door = "http"
+
+    def __init__(self, exchange: Exchange, manager: Any) -> None:
+        super().__init__(exchange.connection, manager, exchange.connection.name)
+        self.exchange = exchange
+        exchange.client = self
+
+    @property
+    def is_present(self) -> bool:
+        """Does it still wait for its answer?"""
+        return self.exchange.connection.phase is Phase.HTTP and not self.exchange.is_done
+
+    def deliver(self, envelope: bytes, ack: int | None) -> None:
+        self.exchange.answer(200, envelope)
+
+    async def send(self, type: str, data: Any) -> None:
+        """HTTP has one answer, the request's own: nothing is sent."""
+        await self._sent()
+
+
+class HttpRequest(Request):
+    """A request whose answer is an HTTP response, with the status that fits it."""
+
+    __slots__ = ("http_status",)
+
+    def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
+        self.http_status = HTTP_STATUS.get(code, 500)
+        return super().fail(code, message, data)
+
+    def progress(self, value: Any) -> None:
+        pass  # HTTP has one answer
+
+    def deliver(self, answer: bytes | None) -> None:
+        if answer is not None:
+            assert isinstance(self.client, HttpClient)
+            self.client.exchange.answer(getattr(self, "http_status", 200), answer)
+
+
+def upgrade_required() -> RequestError:
+    """For a plain request where a WebSocket is meant."""
+    return InvalidRequest(
+        "this is a WebSocket; connect with a WebSocket client",
+        status=426, headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
+    )  # fmt: skip
+
+
+def accept(head: Head) -> bytes:
+    """The answer to a WebSocket handshake (RFC 6455, 4.2). Raises RequestError for a malformed one.
+    """
+    headers = head.headers
+    if head.method != "GET":
+        raise InvalidRequest("use GET", status=405, headers={"Allow": "GET"})
+    if head.is_http_1_0:
+        raise InvalidRequest("a WebSocket needs HTTP/1.1", status=505)
+    options = [option.strip() for option in headers.get("connection", "").lower().split(",")]
+    is_asked = headers["upgrade"].lower() == "websocket" and "upgrade" in options
+    if not is_asked or headers.get("sec-websocket-version") != "13":
+        raise upgrade_required()
+    key = headers.get("sec-websocket-key", "")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise InvalidRequest("malformed Sec-WebSocket-Key")
+    digest = b64encode(hashlib.sha1(key.encode() + _WEBSOCKET_GUID).digest())
+    return (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: %b\r\n\r\n" % digest
+    )
+
+
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # 16 bytes
+_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"

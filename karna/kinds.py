@@ -1,0 +1,133 @@
+"""Types of arguments: how a word, or a JSON value, becomes what a function's annotation asks for.
+
+A table and three forms that contain others (list, Literal, Union). Imports nothing of ours; used by
+command.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+MAX_NUMBER_DIGITS = 100  # int() takes quadratic time, and refuses more than 4,300 digits
+
+
+class Kind(NamedTuple):
+    """A type of argument; `convert` makes a word a value, and checks one from JSON.
+
+    It raises ValueError with the words that follow the argument's name ("must be ...").
+    """
+
+    name: str
+    convert: Callable[[Any], Any]
+    nullable: bool = False
+    choices: tuple[Any, ...] = ()
+
+
+def _exactly(problem: str, *kinds: type) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        if type(value) not in kinds:  # exactly: bool is an int, and not meant here
+            raise ValueError(problem)
+        return value
+
+    return convert
+
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, str) and len(value) <= MAX_NUMBER_DIGITS:
+        value = int(value) if re.fullmatch("[+-]?[0-9]+", value) else value
+    if type(value) is not int:
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _finite(value: Any) -> float:
+    try:
+        if isinstance(value, str) and ("_" in value or len(value) > MAX_NUMBER_DIGITS):
+            raise ValueError
+        number = float(value) if type(value) in (str, int, float) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True,
+          "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+
+
+def _yes_or_no(value: Any) -> bool:
+    answer = _BOOLS.get(value.lower()) if isinstance(value, str) else value
+    if type(answer) is not bool:
+        raise ValueError("must be true or false")
+    return answer
+
+
+ANY = Kind("any", lambda value: value, nullable=True)
+KINDS: dict[Any, Kind] = {
+    inspect.Parameter.empty: ANY,
+    Any: ANY,
+    object: ANY,
+    str: Kind("str", _exactly("must be a text", str)),
+    int: Kind("int", _whole_number),
+    float: Kind("float", _finite),
+    bool: Kind("bool", _yes_or_no),
+    bytes: Kind("bytes", _exactly("must be bytes", bytes, bytearray)),
+    list: Kind("list", _exactly("must be a list", list)),
+    dict: Kind("dict", _exactly("must be an object", dict)),
+}
+
+
+def kind_of(annotation: Any) -> Kind:
+    """The Kind of an annotation; TypeError when no command could be given such a value."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return _kind_of_literal(inner)
+    if origin in (Union, types.UnionType):
+        return _kind_of_union(inner)
+    if origin is list:
+        item, as_list = kind_of(inner[0]), KINDS[list].convert
+        return Kind(f"list[{item.name}]", lambda value: list(map(item.convert, as_list(value))))
+    try:
+        return KINDS[origin or annotation]
+    except (KeyError, TypeError):
+        raise TypeError(f"{annotation!r} is no type of an argument: use str, int, float, bool, "
+                        "bytes, list, dict, Literal, Optional or Any") from None  # fmt: skip
+
+
+def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
+    choices = tuple(value for value in values if value is not None)
+    words = {str(c).lower() if isinstance(c, bool) else str(c): c for c in choices}
+
+    def convert(value: Any) -> Any:
+        if any(type(value) is type(each) and value == each for each in values):  # 1 is not True
+            return value
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return words[value]
+
+    return Kind(type(choices[0]).__name__, convert, len(choices) < len(values), choices)
+
+
+def _kind_of_union(members: tuple[Any, ...]) -> Kind:
+    kinds = [kind_of(member) for member in members if member is not type(None)]
+    nullable = type(None) in members or any(kind.nullable for kind in kinds)
+
+    def convert(value: Any) -> Any:
+        if value is None and nullable:
+            return None
+        problems = []
+        for kind in kinds:
+            try:
+                return kind.convert(value)
+            except ValueError as problem:
+                problems.append(str(problem))
+        raise ValueError(" or ".join(problems))
+
+    choices = tuple(choice for kind in kinds for choice in kind.choices)
+    return Kind("|".join(kind.name for kind in kinds), convert, nullable, choices)

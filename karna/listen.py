@@ -1,0 +1,238 @@
+"""Where a server listens, and what ends it: TCP, Unix and systemd sockets, TLS, signals.
+
+Touches the operating system and the config; used by the Server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, cast
+
+from websockets.asyncio.server import Server as WebSocketServer
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as websockets_serve
+from websockets.asyncio.server import unix_serve as websockets_unix_serve
+
+from karna.access import is_ip_address
+from karna.config import Config
+from karna.errors import StartError
+from karna.log import log
+
+BACKLOG = 512  # connections the kernel completes while we are busy
+
+_library_log = logging.getLogger("karna_ws.websockets")
+_library_log.setLevel(logging.ERROR)  # it would log each connection twice
+
+
+class Listener:
+    """The listening sockets of a server: `websockets.serve` on what the config asks for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.server: WebSocketServer | None = None
+        self._unix_file: os.stat_result | None = None
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """Those that clients connect to."""
+        return list(self.server.sockets) if self.server else []
+
+    async def bind(self, create_connection: Callable[..., ServerConnection]) -> None:
+        """Bind, without accepting yet. Raises StartError, in one line that names the mend."""
+        config = self.config
+        check_binding(config)
+        options: dict[str, Any] = {
+            "create_connection": create_connection,
+            "compression": None,  # 64 KiB a client, and a small message could unpack to gigabytes
+            "ping_interval": None,  # one sweep pings all
+            "max_size": config.max_message_bytes,
+            "open_timeout": config.open_timeout_s,
+            "close_timeout": config.close_timeout_s,
+            "logger": _library_log,
+            "backlog": BACKLOG,
+            "start_serving": False,
+        }
+        if config.certfile:
+            options["ssl"] = make_tls_context(config)
+        try:
+            self.server = await self._bind(options)
+        except OSError as error:
+            raise StartError(_explain_bind(config, error)) from None
+
+    async def _bind(self, options: dict[str, Any]) -> WebSocketServer:
+        config = self.config
+        inherited = inherited_socket()
+        if inherited is not None:
+            name = inherited.getsockname()
+            if isinstance(name, tuple):
+                check_binding(replace(config, host=name[0]))
+                return await websockets_serve(_unused_handler, sock=inherited, **options)
+            return await websockets_unix_serve(_unused_handler, sock=inherited, **options)
+        if config.unix is not None:
+            return await self._bind_unix(config.unix, options)
+        if config.reuse_port:
+            options["reuse_port"] = True
+        return await websockets_serve(_unused_handler, config.host, config.port, **options)
+
+    async def _bind_unix(self, path: str, options: dict[str, Any]) -> WebSocketServer:
+        if _is_served(path):
+            raise StartError(f"{path} is in use by another server; choose another with --unix")
+        mask = os.umask(0o177)  # who can write to the socket can execute commands: its owner only
+        try:
+            server = await websockets_unix_serve(_unused_handler, path, **options)
+        finally:
+            os.umask(mask)
+        self._unix_file = os.stat(path)
+        return server
+
+    @property
+    def is_unix(self) -> bool:
+        """Does it listen on a Unix socket?"""
+        return self.sockets[0].family == socket.AF_UNIX
+
+    async def start_accepting(self) -> None:
+        """From now on clients get in."""
+        assert self.server is not None
+        await self.server.start_serving()
+
+    def stop_accepting(self) -> None:
+        """Accept nobody any more; who is connected stays."""
+        if self.server is not None:
+            self.server.close(close_connections=False)
+
+    async def wait_closed(self) -> None:
+        """Wait until all that `stop_accepting` began has ended, and clean up."""
+        if self.server is not None:
+            await self.server.wait_closed()
+        self.remove_unix_file()
+
+    def remove_unix_file(self) -> None:
+        """Remove the file of a Unix socket, unless it is a successor's by now."""
+        if self._unix_file is not None:
+            path = cast(str, self.config.unix)
+            with suppress(OSError):  # gone already
+                if os.path.samestat(os.stat(path), self._unix_file):
+                    os.unlink(path)
+
+
+async def _unused_handler(connection: ServerConnection) -> None:
+    """`websockets.serve` wants a handler; a Connection never calls it."""
+
+
+def check_binding(config: Config) -> None:
+    """Refuse to listen beyond this machine without a token. Raises StartError."""
+    is_guarded = config.unix is not None or config.token is not None or config.insecure_no_token
+    if not is_guarded and not is_loopback(config.host):
+        raise StartError(
+            f"listening on {config.host or 'all addresses'} lets others command this machine: set "
+            "a token (--token or KARNA_TOKEN), or accept that with --insecure-no-token"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Do all addresses of this host belong to this machine alone?"""
+    if not host:
+        return False
+    if is_ip_address(host) or is_ip_address(f"[{host}]"):  # most are: saves the codecs for names
+        return host.startswith("127.") or host == "::1"
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StartError(f"host {host!r} is no address of this machine: {reason}") from None
+    addresses = [str(address[0]) for *_, address in found]
+    return all(address.startswith("127.") or address == "::1" for address in addresses)
+
+
+def inherited_socket() -> socket.socket | None:
+    """The listening socket that systemd passed, if it did (sd_listen_fds)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise StartError("exactly one socket can be taken over (LISTEN_FDS)")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)  # not for programs that we start
+    inherited = socket.socket(fileno=3)
+    inherited.set_inheritable(False)
+    return inherited
+
+
+def _is_served(path: str) -> bool:
+    """Does a server accept connections on this Unix socket?"""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise StartError(f"{path} exists and is no socket; choose another with --unix")
+            probe.settimeout(1.0)
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _explain_bind(config: Config, error: OSError) -> str:
+    where = config.unix or f"{config.host}:{config.port}"
+    flag = "--unix" if config.unix else "--port"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use; choose another with {flag}"
+    if error.errno == errno.EACCES:
+        wanted = flag if config.unix else f"{flag}, 1024 or more"
+        return f"not allowed to listen on {where}; choose another with {wanted}"
+    # asyncio's own text would name the address again; getaddrinfo's numbers are negative.
+    number = error.errno or 0
+    reason = os.strerror(number) if number > 0 else error.strerror or error
+    return f"can't listen on {where}: {reason}"
+
+
+def make_tls_context(config: Config) -> Any:
+    """The TLS context of --certfile and --keyfile. Raises StartError."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cast(str, config.certfile), config.keyfile)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        raise StartError(f"can't use the TLS certificate {config.certfile}: {reason}") from None
+    return context
+
+
+@contextmanager
+def stopping_on_signals(stop: Callable[[], Any], kill: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGINT call `stop`; a second one ends the process at once.
+
+    kill: what must end with the process, such as programs that it started.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals; the program decides
+        return
+    loop = asyncio.get_running_loop()
+    is_stopping = False
+
+    def on_signal(number: int) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            kill()
+            os._exit(128 + number)
+        is_stopping = True
+        log.info("%s: stopping", signal.Signals(number).name)
+        stop()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,182 @@
+"""One epoll for all WebSockets, and fairness between them.
+
+A turn of the loop serves everybody, so it belongs to nobody: whoever has more to do than one turn
+allows goes on when the others had theirs. Imports nothing of ours; `hub` owns the two objects,
+`connection` uses them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter
+from typing import Protocol
+
+READ_BYTES = 64 * 1024  # taken from a socket at a time; malloc maps pages anew from 128 KiB on
+MAX_READS = 128  # sockets looked at before the loop has another look at its timers
+TURN_S = 0.002  # then the loop looks at everything else: HTTP, timers, sockets in handshake
+FLUSH_BYTES = 4096  # what is longer does not wait for others
+
+
+class Turns:
+    """Work that goes on in a later turn of the loop, one piece after another, each as it came."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_scheduled = False
+        self._breathe_at = 0.0
+
+    def wait(self, go_on: Callable[[], None]) -> None:
+        """Call `go_on` in a later turn, behind what waits already. It must not raise."""
+        self._waiting.append(go_on)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._waiting and not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._is_scheduled = False
+        until = perf_counter() + TURN_S
+        try:
+            for _ in range(len(self._waiting)):
+                self._waiting.popleft()()
+                if perf_counter() > until:
+                    break
+        finally:
+            self._schedule()
+
+
+    async def breathe(self) -> None:
+        """For what a program may await in a loop: let the loop turn when it is time."""
+        if perf_counter() > self._breathe_at:
+            await asyncio.sleep(0)
+            self._breathe_at = perf_counter() + TURN_S
+
+
+class Readable(Protocol):
+    """What the reader needs of a connection."""
+
+    @property
+    def fd(self) -> int:
+        """Of its socket, which does not block."""
+
+    def take(self, data: bytes) -> None:
+        """Handle what was read; answers are queued."""
+
+    def take_end(self) -> None:
+        """Nothing more will arrive."""
+
+    def flush(self) -> None:
+        """Write the queued answers."""
+
+    def abort(self) -> None:
+        """Cut the connection."""
+
+
+class EpollReader:
+    """Reads all open WebSockets of a server in one callback of the loop.
+
+    The loop watches one epoll of ours in place of every socket: a read costs no Handle, no Context
+    and none of asyncio's four calls. Answers leave when all that is ready has been read: peers
+    that the first one wakes are awake for the rest, and waking was a fifth of a write's cost.
+
+    count: told how many bytes were read; failed: told what a connection raised.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, count: Callable[[int], None],
+        failed: Callable[[Readable, BaseException], None],
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self._count = count
+        self._failed = failed
+        self._connections: dict[int, Readable] = {}
+        self._waiting: dict[int, bool] = {}  # to be read without a new event; is there surely more?
+        self._is_scheduled = False
+        self._epoll = select.epoll()
+        self._events = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
+        loop.add_reader(self._epoll.fileno(), self._read)
+
+    def trust_edges(self) -> None:
+        """Look at a socket that was read empty only when more arrives.
+
+        Not for Unix sockets: a read of theirs also ends early where descriptors were sent along.
+        """
+        self._events |= select.EPOLLET
+
+    def add(self, connection: Readable) -> None:
+        """Read this connection from now on."""
+        self._connections[connection.fd] = connection
+        self._epoll.register(connection.fd, self._events)
+
+    def remove(self, connection: Readable) -> None:
+        """Read it no more; what arrives stays in its socket."""
+        if self._connections.get(connection.fd) is connection:
+            del self._connections[connection.fd]
+            self._waiting.pop(connection.fd, None)
+            self._epoll.unregister(connection.fd)
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        self._connections.clear()
+        self._waiting.clear()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _read_waiting(self) -> None:
+        self._is_scheduled = False
+        if not self._epoll.closed:
+            self._read()
+
+    def _read(self) -> None:
+        connections, read, only_data = self._connections, os.read, select.EPOLLIN
+        ready, self._waiting = self._waiting, {}
+        for fd, events in self._epoll.poll(0, MAX_READS):
+            ready[fd] = events != only_data or ready.get(fd, False)
+        answered: list[Readable] = []
+        received = 0
+        until = perf_counter() + TURN_S
+        in_turn = iter(ready.items())
+        try:
+            for fd, is_more in in_turn:
+                connection = connections.get(fd)
+                if connection is None:
+                    continue  # one that was read before it has ended it
+                try:
+                    data = read(fd, READ_BYTES)
+                except BlockingIOError:
+                    continue
+                except OSError:  # the peer is gone
+                    connection.abort()
+                    continue
+                answered.append(connection)
+                size = len(data)
+                received += size
+                try:
+                    connection.take(data) if data else connection.take_end()
+                except KeyboardInterrupt:  # the loop ends; should it go on, all are looked at again
+                    self._waiting = dict.fromkeys(connections, True)
+                    raise
+                except BaseException as exc:  # a bug ends this client, not the others
+                    self._failed(connection, exc)
+                    connection.abort()
+                if size > FLUSH_BYTES:
+                    connection.flush()
+                if (is_more or size == READ_BYTES) and fd in connections:
+                    self._waiting[fd] = is_more
+                if perf_counter() > until:
+                    break
+        finally:
+            self._waiting = {**dict(in_turn), **self._waiting}
+            self._count(received)
+            for connection in answered:
+                connection.flush()
+            if self._waiting and not self._is_scheduled:
+                self._is_scheduled = True
+                self._loop.call_soon(self._read_waiting)

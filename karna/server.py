@@ -1,0 +1,180 @@
+"""A server that runs: it binds, starts the services, and stops in good order.
+
+Bind first, then start services; at the end let commands finish, tell every client to come back
+(1012), and cut those that don't listen. Touches the listener, the monitor and the hub it serves;
+made by `karna_ws.serving`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, cast
+
+from websockets.frames import CloseCode
+
+from karna.calls import Client, CommandHub
+from karna.config import Config
+from karna.connection import Connection, Phase
+from karna.errors import StartError
+from karna.http import Exchange
+from karna.listen import Listener
+from karna.log import log
+from karna.service import Monitor, Service
+
+if TYPE_CHECKING:
+    from karna.backplane import RedisBackplane
+
+SHUTDOWN_CLOSE_S = 2.0  # a peer that ignores our close must not hold up a restart
+CANCEL_S = 5.0  # for cancelled commands to clean up; work.CANCEL_WAIT_S is inside
+BACKPLANE_S = 2.0  # to load history from Redis before the first client is let in
+
+
+class ServedHub(CommandHub):
+    """What the server needs of the manager at the top."""
+
+    services: dict[str, Service]
+    backplane: RedisBackplane | None
+
+    def configure(self, config: Config) -> None:
+        """Take new options."""
+        raise NotImplementedError
+
+    def use_backplane(self, backplane: RedisBackplane | None) -> None:
+        """Share broadcasts through `backplane`, or keep them in this process."""
+        raise NotImplementedError
+
+    def begin_draining(self) -> None:
+        """Start no command any more; answer what runs."""
+        raise NotImplementedError
+
+    def flush_broadcasts(self) -> None:
+        """Write what was broadcast in this turn of the loop."""
+        raise NotImplementedError
+
+    def count_clients(self) -> int:
+        """Clients that a broadcast goes to."""
+        raise NotImplementedError
+
+    def all_clients(self) -> Sequence[Client]:
+        """Every client that broadcasts go to."""
+        raise NotImplementedError
+
+
+class Server:
+    """A server that runs: where it listens, and how to end it."""
+
+    def __init__(self, manager: ServedHub, config: Config) -> None:
+        self.manager = manager
+        self.config = config
+        self.listener = Listener(config)
+        self._monitor = Monitor(())
+        self._sweep: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port it listens on; 0 on a Unix socket."""
+        name = self.listener.sockets[0].getsockname()
+        return name[1] if isinstance(name, tuple) else 0
+
+    async def start(self) -> None:
+        """Bind, then start the services. Raises StartError, in one line that names the mend."""
+        manager = self.manager
+        if manager.loop is not None:
+            raise StartError("this manager is served already")
+        manager.configure(self.config)
+        manager.use_backplane(self._make_backplane())
+        await self.listener.bind(functools.partial(Connection, manager))
+        try:
+            manager.begin(trusts_edges=not self.listener.is_unix)
+        except StartError:
+            self.listener.stop_accepting()
+            self.listener.remove_unix_file()
+            raise
+        self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
+        self._sweep.add_done_callback(self._sweep_ended)
+        self._monitor = Monitor(manager.services.values())
+        self._monitor.start()
+        try:
+            if manager.backplane is not None:
+                # Clients that come back at once would else find no history, as without Redis.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(manager.backplane.is_loaded.wait(), BACKPLANE_S)
+            await self.listener.start_accepting()
+        except BaseException:  # cancelled: nobody has this server yet to close it
+            await self.close()
+            raise
+
+    def _make_backplane(self) -> RedisBackplane | None:
+        if self.config.backplane is None:
+            return None
+        from karna.backplane import make_backplane  # most start without
+
+        return make_backplane(self.config.backplane)
+
+    def _sweep_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self.manager.log_error("sweep ended", task.exception() or RuntimeError("without error"))
+            self.close()
+
+    def close(self) -> asyncio.Task[None]:
+        """Begin to stop; the task it returns ends when everything has."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        return self._closing
+
+    async def wait_closed(self) -> None:
+        """Wait until the server has stopped."""
+        while self._closing is None:
+            assert self._sweep is not None
+            await asyncio.wait([self._sweep])
+            await asyncio.sleep(0)
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        manager = self.manager
+        manager.begin_draining()
+        log.info("stopping: %d clients", manager.count_clients())
+        await self._finish_commands()
+        self.listener.stop_accepting()
+        manager.flush_broadcasts()
+        for connection in tuple(manager.connections):
+            connection.close(CloseCode.SERVICE_RESTART, "service restart")
+            if connection.phase is Phase.HTTP and connection.door.is_idle:
+                connection.abort()  # it has asked for nothing
+        await self._wait_for_peers(min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S))
+        for connection in tuple(manager.connections):
+            connection.abort()
+        await self._wait_for_peers(1.0)
+        await self._monitor.stop()
+        cast("asyncio.Task[None]", self._sweep).cancel()
+        await manager.tasks.end_all()
+        await self.listener.wait_closed()
+        manager.end()
+        log.info("stopped")
+
+    async def _finish_commands(self) -> None:
+        """Running commands get their grace, then they are cancelled and their clients told."""
+        manager = self.manager
+        works = (manager.commands.tasks, manager.tasks)
+        until = time.monotonic() + self.config.grace_s
+        for work in works:
+            await work.wait(max(0.0, until - time.monotonic()))
+        doors = [connection.door for connection in manager.connections]
+        asking = [door.client for door in doors if isinstance(door, Exchange) and door.client]
+        for client in [*manager.all_clients(), *asking]:
+            if client.calls is not None:
+                client.calls.stop()
+        for work in works:
+            await work.wait(CANCEL_S)
+
+    async def _wait_for_peers(self, limit_s: float) -> None:
+        manager = self.manager
+        manager.when_empty = asyncio.Event()
+        if manager.connections:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(manager.when_empty.wait(), limit_s)

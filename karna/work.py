@@ -1,0 +1,338 @@
+"""Work that has an owner: tasks, jobs with a time limit and one outcome, and threads.
+
+Nothing here ends unnoticed, and whatever must end does so in bounded time. Uses errors, log and
+text; used by service, models and backplane, by services, and by the hub for every other task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar
+
+from karna.errors import RequestError, Unavailable, as_request_error, explain
+from karna.log import log
+from karna.text import one_line
+
+CANCEL_WAIT_S = 4.0  # cancelled work may clean up this long, then it is left behind
+IDLE_THREAD_S = 10.0  # a thread with nothing to do ends after this
+
+Value = TypeVar("Value")
+
+
+def failure_of(who: str, error: BaseException) -> RequestError:
+    """What the caller of `who` is told of `error`; the operator sees a bug at level debug."""
+    if not isinstance(error, RequestError) and log.isEnabledFor(logging.DEBUG):
+        log.debug("%s raised", who, exc_info=error)
+    return as_request_error(error)
+
+
+class _Outcome(NamedTuple):
+    value: Any
+    error: BaseException | None
+
+
+async def _contain(work: Coroutine[Any, Any, Any]) -> _Outcome:
+    """Do the work; what it raises is a result, for a task that raises SystemExit ends the loop."""
+    try:
+        return _Outcome(await work, None)
+    except BaseException as error:
+        return _Outcome(None, error)
+
+
+class Job:
+    """One piece of work in one task: a time limit, and exactly one outcome in bounded time.
+
+    Once `is_over`, `error` is None where the work succeeded and `value` is what it returned.
+    When `is_cancelled` (by `cancel`) or `is_late` (past its time limit), whatever the work did
+    about that is not looked at. Made by Tasks.start.
+    """
+
+    __slots__ = ("_on_end", "_tasks", "_timer", "_waiting", "_work", "error", "is_cancelled",
+                 "is_late", "is_over", "task", "timeout_s", "value")  # fmt: skip
+    task: asyncio.Task[_Outcome]
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        work: Coroutine[Any, Any, Any],
+        timeout_s: float | None,
+        on_end: Callable[[Job], None] | None,
+    ) -> None:
+        self._tasks = tasks
+        self._work = work
+        self._on_end = on_end
+        self._waiting: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.timeout_s = timeout_s
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.is_cancelled = self.is_late = self.is_over = False
+        if timeout_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
+
+    def cancel(self) -> None:
+        """End it: at once, or after CANCEL_WAIT_S when it ignores that. Too late is no error."""
+        if not (self.task.done() or self.is_over or self.is_late or self.is_cancelled):
+            self.is_cancelled = True
+            self._interrupt()
+
+    def _expire(self) -> None:
+        if not self.task.done():
+            self.is_late = True
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        self.task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(CANCEL_WAIT_S, self._tasks.leave, self.task)
+
+    async def wait(self) -> None:
+        """Wait until it is over; when this is cancelled the job is, too, and ends first.
+
+        One may wait for a job, no more.
+        """
+        try:
+            await self._over()
+        except asyncio.CancelledError:
+            self.cancel()
+            await self._over()
+            raise
+
+    async def _over(self) -> None:
+        if not self.is_over:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+
+    def conclude(self) -> None:
+        """Called by its owner, once: the task has ended, or is left behind."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._settle()
+        self.is_over = True
+        on_end, self._on_end = self._on_end, None
+        try:
+            if on_end is not None:
+                on_end(self)
+        finally:
+            if self._waiting is not None and not self._waiting.done():
+                self._waiting.set_result(None)
+
+    def _settle(self) -> None:
+        if self.task.done():
+            self._work.close()  # cancelled before its first step it would warn: never awaited
+        if self.is_late:
+            self.error = TimeoutError()
+        elif self.is_cancelled or not self.task.done() or self.task.cancelled():
+            self.error = asyncio.CancelledError()
+        else:
+            self.value, self.error = self.task.result()
+
+
+class Tasks:
+    """Tasks and jobs of one owner: each can be ended in bounded time, and none ends unnoticed.
+
+    on_error: told the name and the error of a task that failed; by default that is logged. A
+    RequestError is none: it has been somebody's answer.
+    """
+
+    def __init__(self, on_error: Callable[[str, BaseException], None] | None = None) -> None:
+        self._on_error = on_error or _log_error
+        self._running: dict[asyncio.Task[Any], Job | None] = {}
+        self._left: set[asyncio.Task[Any]] = set()  # ignored their cancellation
+        self._idle: asyncio.Event | None = None  # somebody waits for it
+
+    @property
+    def running(self) -> tuple[asyncio.Task[Any], ...]:
+        """The tasks that run now, without those left behind."""
+        return tuple(self._running)
+
+    def spawn(self, work: Coroutine[Any, Any, Value], name: str) -> asyncio.Task[Value]:
+        """Run `work` in a task; from Python 3.12 on, at once to its first wait."""
+        task = _make_task(work, name)
+        self._own(task, None)
+        return task
+
+    def start(
+        self,
+        work: Coroutine[Any, Any, Any],
+        name: str,
+        timeout_s: float | None = None,
+        on_end: Callable[[Job], None] | None = None,
+    ) -> Job:
+        """Run `work` as a Job; `on_end` is called once, by the loop, never from within here."""
+        job = Job(self, work, timeout_s, on_end)
+        job.task = _make_task(_contain(work), name)
+        self._own(job.task, job)
+        return job
+
+    def _own(self, task: asyncio.Task[Any], job: Job | None) -> None:
+        self._running[task] = job
+        task.add_done_callback(self._ended)  # by the loop, should it have ended already
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if task in self._left:
+            self._left.discard(task)
+            error = _error_of(task)
+            outcome = f": {one_line(explain(error))}" if error else ""
+            log.info("%s has ended after all%s", task.get_name(), outcome)
+        else:
+            self._conclude(task)
+
+    def leave(self, task: asyncio.Task[Any]) -> None:
+        """Give up waiting for a task that ignores its cancellation; it stays owned."""
+        if task in self._running and not task.done():
+            log.warning("%s ignores its cancellation, left behind", task.get_name())
+            self._left.add(task)
+            self._conclude(task)
+
+    def _conclude(self, task: asyncio.Task[Any]) -> None:
+        job = self._running[task]
+        try:
+            if job is not None:
+                job.conclude()  # what waited for it may begin now: we are not idle in between
+            elif task.done():
+                self._report(task)
+        except Exception as error:  # of on_end: ours, and it must not stop what follows
+            self._on_error(f"the end of {task.get_name()}", error)
+        finally:
+            del self._running[task]
+            if not self._running and self._idle is not None:
+                self._idle.set()
+                self._idle = None
+
+    def _report(self, task: asyncio.Task[Any]) -> None:
+        error = _error_of(task)  # looked at: asyncio is content
+        if error is not None and not isinstance(error, RequestError):
+            self._on_error(task.get_name(), error)
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait until nothing runs, what begins meanwhile included; False when time is over."""
+        if self._running:
+            self._idle = self._idle or asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+        return not self._running
+
+    async def end(self, *tasks: asyncio.Task[Any]) -> None:
+        """Cancel tasks and wait a bounded time; one that ignores it is left behind, still owned."""
+        for task in tasks:
+            task.cancel()
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=CANCEL_WAIT_S)
+        finally:
+            for task in tasks:
+                self.leave(task)
+
+    async def end_all(self) -> None:
+        """`end` everything that runs now."""
+        await self.end(*self._running)
+
+
+def _make_task(work: Coroutine[Any, Any, Value], name: str) -> asyncio.Task[Value]:
+    eager: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+    return asyncio.Task(work, loop=asyncio.get_running_loop(), name=name, **eager)
+
+
+def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
+    """What a task, or the work of a job, raised; a cancellation is no error."""
+    if task.cancelled():
+        return None
+    error = task.exception()
+    if error is None and isinstance(outcome := task.result(), _Outcome):
+        error = outcome.error
+    return None if isinstance(error, asyncio.CancelledError) else error
+
+
+def _log_error(name: str, error: BaseException) -> None:
+    log.error("%s failed: %s", name, type(error).__name__, exc_info=error)
+
+
+class ThreadPool:
+    """At most `max_threads` daemon threads, started on demand and used again.
+
+    Unlike those of concurrent.futures they never hold the exit of the process. Work that waits for
+    a thread has no bound of its own: each client's running commands have one.
+    """
+
+    def __init__(self, max_threads: int, name: str) -> None:
+        self.max_threads = max_threads
+        self._name = name
+        self._waiting: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
+        self._news = threading.Condition()
+        self._threads = self._idle = 0
+        self._is_closed = False
+
+    async def call(self, work: Callable[[], Value]) -> Value:
+        """Run `work` in a thread with this task's context variables; raises only RequestErrors.
+
+        When the caller is cancelled, work that has not begun never begins; work that has keeps
+        its thread, and its place among `max_threads`, until it ends by itself.
+        """
+        future: concurrent.futures.Future[Value] = concurrent.futures.Future()
+        entry = future, functools.partial(contextvars.copy_context().run, work)
+        with self._news:
+            if self._is_closed:
+                raise Unavailable("the server is stopping")
+            if self._idle <= len(self._waiting) and self._threads < self.max_threads:
+                self._start_thread()
+            self._waiting.append(entry)
+            self._news.notify()
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            with self._news, contextlib.suppress(ValueError):
+                self._waiting.remove(entry)
+            raise
+
+    def _start_thread(self) -> None:
+        name = f"{self._name}-{self._threads + 1}"
+        try:
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+        except RuntimeError:  # the system has no more of them
+            raise Unavailable("no thread can be started") from None
+        self._threads += 1
+
+    def _run(self) -> None:
+        while self._does_next():
+            pass
+
+    def _does_next(self) -> bool:
+        """Do what waits longest; False when nothing came for long, which ends the thread."""
+        with self._news:
+            self._idle += 1
+            self._news.wait_for(lambda: self._waiting or self._is_closed, timeout=IDLE_THREAD_S)
+            self._idle -= 1
+            if not self._waiting or self._is_closed:
+                self._threads -= 1
+                return False
+            future, work = self._waiting.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except BaseException as error:  # SystemExit too: it ends neither thread nor process
+                future.set_exception(failure_of(threading.current_thread().name, error))
+        return True
+
+    def open(self) -> None:
+        """Take work, again after `close`."""
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let idle threads end and take no more work; busy threads are abandoned."""
+        with self._news:
+            self._is_closed = True
+            self._waiting.clear()
+            self._news.notify_all()

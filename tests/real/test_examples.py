@@ -1,0 +1,112 @@
+"""The example programs run as they stand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from websockets.asyncio.client import connect
+
+from karna_ws import WebSocketManager, serving
+from support import ROOT
+from support_clients import EXAMPLES, Wire, data_of, program, rpc, running, ws_url
+
+
+async def test_client_mjs_uses_both_doors(node_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / "client.mjs", tmp_path)
+    (tmp_path / "node_modules").symlink_to(node_dir / "node_modules")
+    async with (
+        serving(WebSocketManager(), port=0, token="sesame") as server,
+        running(
+            "node", "client.mjs", ws_url(server.port), cwd=tmp_path, KARNA_TOKEN="sesame"
+        ) as program,
+    ):
+        await program.ends()
+        lines = "\n".join(program.all("line"))
+        for expected in (
+            r"raw: command is \w+",
+            r"raw: countdown 1 reports ",
+            r"raw: echo hello -> hello",
+            r"raw: refused with unknown_command: ",
+            r"socket\.io: echo hello -> hello",
+            r"socket\.io: describe -> .*png",
+            r"socket\.io: notification: Hello from Node",
+        ):
+            assert re.search(expected, lines, re.DOTALL), f"no {expected} in:\n{lines}"
+
+
+async def test_client_py_runs_commands_at_the_same_time() -> None:
+    commands = ("countdown 0.3", "echo hello", "eccho")
+    async with serving(WebSocketManager(), port=0) as server:
+        url = ws_url(server.port)
+        async with running(
+            sys.executable, EXAMPLES / "client.py", "--url", url, *commands
+        ) as program:
+            await program.ends()
+        lines = program.all("line")
+        assert 'echo hello -> "hello"' in lines
+        assert any(line.startswith("eccho -> unknown_command: ") for line in lines)
+        assert any(line.startswith("countdown 0.3: {") and "percent" in line for line in lines)
+        assert lines[-1].startswith("countdown 0.3 -> ")  # the slow one held up nobody
+
+
+async def test_client_py_recovers_broadcasts_over_network_cut() -> None:
+    async with (
+        serving(WebSocketManager(), port=0, token="sesame") as server,
+        Wire(server.port) as wire,
+        running(
+            sys.executable, EXAMPLES / "client.py", "--url", ws_url(wire.port), KARNA_TOKEN="sesame"
+        ) as program,
+    ):
+        await program.wait_for_line("status: ")
+        wire.cut()
+        await program.wait_for_line("not connected: ")
+        async with connect(f"{ws_url(server.port)}?token=sesame") as other:
+            for number in range(3):
+                line = f"notify missed {number}"
+                request = {"method": "execute_command", "params": {"command": line}, "id": number}
+                await other.send(json.dumps(request))
+                while json.loads(await other.recv()).get("id") != number:
+                    pass
+        wire.mend()
+        await program.wait_for_line("connected again")
+        await program.wait_for_line("missed 2")
+        told = [line for line in program.all("line") if line.startswith("notification: ")]
+        assert told == [f"notification: missed {number}" for number in range(3)]
+
+
+async def test_client_py_tells_why_it_was_refused() -> None:
+    async with serving(WebSocketManager(), port=0, token="sesame") as server:
+        url = ws_url(server.port)
+        async with running(sys.executable, EXAMPLES / "client.py", "--url", url) as program:
+            await program.wait_for_line("token")
+            await program.ends(code=1)
+
+
+async def test_lights_example_runs() -> None:
+    lights = str(ROOT / "examples" / "lights.py")
+    words = (sys.executable, lights, "--port", "0", "--left-on", "0.2")
+    async with (
+        program(*words, ready=r"localhost:(\d+)") as match,
+        connect(f"ws://localhost:{match[1]}/ws") as ws,
+    ):
+        answer = await rpc(ws, "execute_command", {"command": "light porch on"}, "command_response")
+        assert answer["result"]["porch"] == 100
+        assert (await rpc(ws, "lights", {}, "command_response"))["porch"] == 100
+        notice = await data_of(ws, "notification")
+        assert notice["level"] == "warning" and "porch" in notice["message"]
+        command = {"command": "sunrise hall --seconds 0.1"}
+        progress = await rpc(ws, "execute_command", command, "command_progress")
+        assert progress["progress"] == {"percent": 0, "lamp": "hall"}
+        assert (await data_of(ws, "command_response"))["result"]["percent"] == 100
+        await rpc(ws, "execute_command", {"command": "bus unplug"}, "command_response")
+        status = await rpc(ws, "get_status", {}, "status_update")
+        assert (status["bus"]["state"], status["bus"]["detail"]) == ("degraded", "unplugged")
+        error = await rpc(ws, "execute_command", {"command": "light hall off"}, "error")
+        assert error["code"] == "unavailable"
+        await rpc(ws, "execute_command", {"command": "bus plug"}, "command_response")
+        status = await rpc(ws, "get_status", {}, "status_update")
+        assert status["bus"]["state"] == "running"

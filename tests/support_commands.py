@@ -1,0 +1,153 @@
+"""Commands and services without a server; a model server that misbehaves as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import struct
+import zlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from karna.service import Monitor
+from services import CommandProcessor, Context, LanguageService, Service, VisionService
+from support import DEADLINE_S
+from support_property import st
+
+
+async def run_line(
+    commands: CommandProcessor, line: str, context: Context | None = None, **params: Any
+) -> Any:
+    call = commands.prepare(line, params)
+    return await asyncio.wait_for(commands.run(call, context or Context()), DEADLINE_S)
+
+
+def processor(*functions: Callable[..., Any], **options: Any) -> CommandProcessor:
+    commands = CommandProcessor(builtins=False, **options)
+    for function in functions:
+        commands.command(function)
+    return commands
+
+
+@contextlib.asynccontextmanager
+async def monitoring(*watched: Service, **options: Any) -> AsyncIterator[Monitor]:
+    """A monitor at 1/500 of its usual speed: 10 ms between checks, 2 ms to the first retry."""
+    monitor = Monitor(watched, **{"interval_s": 0.01, "timeout_s": 0.05} | options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("karna.service.RETRY_FIRST_S", 0.002)
+        patch.setattr("karna.service.RETRY_MAX_S", 0.02)
+        monitor.start()
+        try:
+            yield monitor
+        finally:
+            await monitor.stop()
+
+
+async def hang() -> None:
+    await asyncio.Event().wait()
+
+
+LINE = st.text(st.one_of(st.sampled_from(" \t\r\n\"'\\ab-="), st.characters()), max_size=30)
+
+
+def any_words(*words: Any) -> Any:
+    return list(words)
+
+
+any_words.__name__ = "any"
+
+
+def http_answer(
+    body: bytes | str,
+    *,
+    status: str = "200 OK",
+    kind: str = "application/json",
+    length: int | None = None,
+) -> bytes:
+    body = body.encode() if isinstance(body, str) else body
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+    return head.encode() + body
+
+
+def events(*values: Any, done: bool = True) -> str:
+    lines = [
+        f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n" for value in values
+    ]
+    return ": a comment\n\n" + "".join(lines) + ("data: [DONE]\n\n" if done else "")
+
+
+def token(text: Any, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}, **more}]}
+
+
+def chunked(text: str) -> bytes:
+    data = text.encode()
+    half = len(data) // 2
+    parts = b"".join(f"{len(p):x}\r\n".encode() + p + b"\r\n" for p in (data[:half], data[half:]))
+    return (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + parts
+        + b"0\r\n\r\n"
+    )
+
+
+MODELS = http_answer(json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]}))
+HELLO = chunked(events(token("Hel"), token(None), token("lo"), token("", finish_reason="stop")))
+
+
+class ModelHost:
+    """A little HTTP server: each path has its answer; None hangs, a list is dripped for ever."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Any] = {"/v1/models": MODELS, "/v1/chat/completions": HELLO}
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.asked = asyncio.Event()
+        self.lost = asyncio.Event()
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            first, *lines = head.strip().split("\r\n")
+            headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            self.requests.append((first, headers, body))
+            self.asked.set()
+            answer = self.answers.get(first.split()[1], http_answer("{}", status="404 Not Found"))
+            if isinstance(answer, bytes):
+                writer.write(answer)
+                await writer.drain()
+            while isinstance(answer, list):
+                writer.write(answer[0])
+                await writer.drain()
+                await asyncio.sleep(0.005)
+            if answer is None:
+                await reader.read()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self.lost.set()
+            writer.close()
+
+
+def asking(url: str, **options: Any) -> tuple[LanguageService, CommandProcessor]:
+    language, commands = LanguageService(url=url, **options), CommandProcessor()
+    language.register(commands)
+    return language, commands
+
+
+def png(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header))
+
+
+def bmp_core(width: int, height: int) -> bytes:
+    return b"BM" + bytes(12) + struct.pack("<IHHHH", 12, width, height, 1, 24)
+
+
+def seeing(**options: Any) -> tuple[VisionService, CommandProcessor]:
+    vision, commands = VisionService(**options), CommandProcessor()
+    vision.register(commands)
+    return vision, commands

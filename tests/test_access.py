@@ -1,0 +1,344 @@
+"""Who may come in: Host, Origin, token; and what the log may show of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from karna_ws import Client, WebSocketManager
+from support import served
+from support_peers import (
+    DOORS,
+    TOKEN,
+    WELCOMED,
+    Headers,
+    ask,
+    engine,
+    frame,
+    get_metrics,
+    head,
+    post,
+    raw,
+    upgrade,
+)
+
+
+BAD_HOSTS: list[tuple[Any, int, str | None]] = [
+    (None, 400, None),
+    (["localhost", "localhost"], 400, None),
+    (["localhost", "evil.example"], 400, None),
+    ("", 400, None),
+    ("localhost evil.example", 400, None),
+    ("localhost, evil.example", 400, None),
+    ("localhost:", 400, None),
+    ("localhost:x", 400, None),
+    ("localhost:123456", 400, None),
+    ("user@localhost", 400, None),
+    ("localhost/evil", 400, None),
+    ("http://localhost", 400, None),
+    ("::1", 400, None),
+    ("[::1", 400, None),
+    ("[fe80::1%25eth0]", 400, None),
+    ("löcalhost", 400, None),
+    ("evil.example", 403, "--allow-host evil.example"),
+    ("evil.example:8000", 403, "--allow-host evil.example"),
+    ("EVIL.example", 403, "--allow-host evil.example"),
+    ("localhost.evil.example", 403, "--allow-host localhost.evil.example"),
+    ("evil.localhost", 403, "--allow-host evil.localhost"),
+    ("localhost.", 403, "--allow-host localhost."),
+    ("127.0.0.1.nip.io", 403, "--allow-host 127.0.0.1.nip.io"),
+    ("127.1", 403, "--allow-host 127.1"),
+    ("0x7f.0.0.1", 403, "--allow-host"),
+    ("0177.0.0.1", 403, "--allow-host"),
+    ("2130706433", 403, "--allow-host"),
+    ("127.0.0.1.", 403, "--allow-host"),
+    ("[127.0.0.1]", 403, "--allow-host"),
+    ("karna.example.evil", 403, "--allow-host"),
+]
+
+
+GOOD_HOSTS = [
+    "localhost", "localhost:8000", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8000", "192.168.1.7:80",
+    "[::1]", "[::1]:8000", "[::ffff:127.0.0.1]", "karna.example", "Karna.Example:443",
+]  # fmt: skip
+
+
+BAD_ORIGINS: list[Any] = [
+    "", "null", "NULL", "*", "file://", "file:///etc/passwd", "about:blank", "data:text/html,x",
+    "chrome-extension://abcdefghijklmnop", "moz-extension://11111111-2222", "vscode-webview://x",
+    "http://evil.example", "https://evil.example", "http://evil.example:8000",
+    "http://localhost.evil.example", "http://evil.localhost", "http://localhost.", "http://127.0.0.2",
+    "http://127.1", "http://0.0.0.0", "http://[::]", "http://localhost@evil.example",
+    "http://evil.example#localhost", "http://localhost/", "http://localhost:", "http://localhost:x",
+    "http://localhost:123456", "ws://localhost", "wss://localhost", "ftp://localhost", "localhost",
+    "localhost:8000", "//localhost", "HTTP://LOCALHOST", "http://localhost http://evil.example",
+    "http://localhost, http://evil.example", "http://evil.example/http://localhost",
+    "https://app.example.evil", "https://app.example:444", "http://app.example", "https://APP.example",
+    "http://[::1", "http://\xe9vil.example", "http://evil.example\x9b31m", "a" * 6000,
+    ["http://localhost", "http://localhost"], ["http://localhost", "http://evil.example"],
+    ["null", "null"],
+]  # fmt: skip
+
+
+GOOD_ORIGINS = [
+    None, "http://localhost", "https://localhost", "http://localhost:3000", "http://127.0.0.1:5173",
+    "https://[::1]:1", "http://[::1]", "https://app.example",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_every_door_refuses_bad_hosts_and_takes_good_ones(door: str) -> None:
+    async with served(allow_host=["karna.example"]) as server:
+        for host, status, flag in BAD_HOSTS:
+            answer = await ask(server.port, DOORS[door]({"Host": host}))
+            code = "forbidden" if status == 403 else "invalid_request"
+            assert (answer.status, answer.error["code"]) == (status, code), host
+            assert flag is None or flag in answer.error["message"], host
+            assert "access-control-allow-origin" not in answer.headers
+        for host in GOOD_HOSTS:
+            answer = await ask(server.port, DOORS[door]({"Host": host}))
+            assert answer.status == WELCOMED.get(door, 200), host
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_every_door_refuses_bad_origins_and_takes_good_ones(door: str) -> None:
+    async with served(allow_origin=["https://app.example"]) as server:
+        for origin in BAD_ORIGINS:
+            answer = await ask(server.port, DOORS[door]({"Origin": origin}))
+            assert (answer.status, answer.error["code"]) == (403, "forbidden"), origin
+            assert "access-control-allow-origin" not in answer.headers
+            assert answer.headers["vary"] == "Origin"
+        for origin in GOOD_ORIGINS:
+            answer = await ask(server.port, DOORS[door]({"Origin": origin}))
+            assert answer.status == WELCOMED.get(door, 200), origin
+            if answer.status != 101:
+                assert answer.headers.get("access-control-allow-origin") == origin
+                assert answer.headers["vary"] == "Origin"
+
+
+async def test_refusal_names_the_flag_only_where_it_would_help() -> None:
+    async with served() as server:
+        for origin in ("https://evil.example", "chrome-extension://abc"):
+            answer = await ask(server.port, upgrade(headers={"Origin": origin}))
+            assert f"--allow-origin {origin} would" in answer.error["message"]
+        for origin in ("null", "", "file://", "http://localhost/", "http://evil.example\x9b31m"):
+            answer = await ask(server.port, upgrade(headers={"Origin": origin}))
+            assert "--allow-origin" not in answer.error["message"], origin
+            assert "\x9b" not in answer.error["message"]
+
+
+BAD_TOKENS: list[Headers] = [
+    {},
+    {"Authorization": ""},
+    {"Authorization": "Bearer"},
+    {"Authorization": "Bearer "},
+    {"Authorization": "Bearer wrong"},
+    {"Authorization": f"Bearer {TOKEN}x"},
+    {"Authorization": f"Bearer {TOKEN[:-1]}"},
+    {"Authorization": f"Bearer {TOKEN.upper()}"},
+    {"Authorization": f"Bearer {TOKEN}, Bearer {TOKEN}"},
+    {"Authorization": [f"Bearer {TOKEN}", f"Bearer {TOKEN}"]},
+    {"Authorization": ["Bearer wrong", f"Bearer {TOKEN}"]},
+    {"Authorization": f"Basic {TOKEN}"},
+    {"Authorization": TOKEN},
+    {"Authorization": "Bearer \xff\xfe"},
+    {"Cookie": f"token={TOKEN}"},
+    {"X-Token": TOKEN},
+]
+
+
+NEEDS_TOKEN = ["raw", "get", "post", "rpc", "metrics"]
+
+
+@pytest.mark.parametrize("door", NEEDS_TOKEN)
+async def test_every_door_refuses_bad_tokens_and_takes_the_right_one(door: str) -> None:
+    async with served(token=TOKEN) as server:
+        for headers in BAD_TOKENS:
+            answer = await ask(server.port, DOORS[door](headers))
+            assert (answer.status, answer.error["code"]) == (401, "unauthorized"), headers
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert TOKEN not in str(answer)
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            answer = await ask(server.port, DOORS[door]({"Authorization": f"{scheme} {TOKEN}"}))
+            assert answer.status == WELCOMED.get(door, 200)
+
+
+@pytest.mark.parametrize("query", ["EIO=4", "EIO=4&transport=websocket", "EIO=3", "EIO=", "eio=4"])
+@pytest.mark.parametrize(
+    "path", ["/ws", "/metrics", "/api/status", "/api/execute_command", "/rpc", "/nowhere"]
+)
+async def test_engine_query_on_another_path_does_not_bypass_the_token(
+    path: str, query: str
+) -> None:
+    async with served(token=TOKEN) as server:
+        target = f"{path}?{query}"
+        for plain in (
+            head("GET", target),
+            post(target, {"command": "time", "jsonrpc": "2.0", "method": "get_status", "id": 1}),
+            head("DELETE", target),
+        ):
+            answer = await ask(server.port, plain)
+            assert answer.status in (400, 401) and b"time" not in answer.body
+        answer = await ask(server.port, upgrade(target))
+        if query != "EIO=4&transport=websocket":
+            assert answer.status in (400, 401)
+            return
+        async with raw(server.port, target) as peer:  # the Socket.IO door, which asks at CONNECT
+            assert (await peer.frame()).payload[:2] == b"0{"
+            await peer.send(frame(1, b"40/ws,"))
+            assert (await peer.frame()).payload.startswith(b"44/ws,")
+            await peer.send(frame(1, b'42/ws,0["rpc",{"method":"get_status"}]'))
+            assert (await peer.closed()).code == 1002
+
+
+BAD_TYPES = [
+    None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
+    "application/jsonx", "application/json2; charset=utf-8", "text/plain; application/json",
+    "text/plain, application/json", "application/json, text/plain", "application/ json", "json",
+    ["text/plain", "application/json"], ["application/json", "text/plain"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["/api/execute_command", "/api/notify", "/rpc"])
+async def test_post_takes_json_alone(target: str) -> None:
+    async with served() as server:
+        for kind in BAD_TYPES:
+            answer = await ask(server.port, post(target, {}, {"Content-Type": kind}))
+            assert (answer.status, answer.error["code"]) == (415, "invalid_request"), kind
+            assert "application/json" in answer.error["message"]
+        for kind in ("application/json", "Application/JSON", "application/json;charset=utf-8"):
+            answer = await ask(server.port, post(target, {}, {"Content-Type": kind}))
+            assert answer.status != 415
+
+
+async def test_cross_site_post_needs_an_allowed_origin() -> None:
+    value = {"command": "time"}
+    async with served(allow_origin=["https://app.example"]) as server:
+        for site, origin, status in (
+            ("cross-site", None, 403),
+            ("cross-site", "https://evil.example", 403),
+            ("cross-site", "null", 403),
+            ("cross-site", "https://app.example", 200),
+            ("same-origin", "https://evil.example", 403),
+            ("same-origin", None, 200),
+            ("same-site", None, 200),
+            ("none", None, 200),
+            (None, None, 200),
+        ):
+            for target in ("/api/execute_command",):
+                headers = {"Sec-Fetch-Site": site, "Origin": origin}
+                answer = await ask(server.port, post(target, value, headers))
+                assert answer.status == status, (site, origin)
+                if status == 403:
+                    assert answer.error["code"] == "forbidden"
+
+
+async def test_preflight_names_methods_headers_and_the_private_network() -> None:
+    asked = {
+        "Origin": "http://localhost:3000",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    async with served(token=TOKEN) as server:
+        answer = await ask(server.port, head("OPTIONS", "/api/execute_command", asked))
+        assert (answer.status, answer.body) == (204, b"")
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert answer.headers["access-control-allow-methods"] == "POST, OPTIONS"
+        assert answer.headers["access-control-allow-headers"] == "Authorization, Content-Type"
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        assert answer.headers["vary"] == "Origin"
+        assert "content-length" not in answer.headers  # RFC 9110, 8.6: not with 204
+        refused = await ask(server.port, head("OPTIONS", "/rpc", {**asked, "Origin": "null"}))
+        assert refused.status == 403
+        assert not [name for name in refused.headers if name.startswith("access-control")]
+
+
+async def test_refused_post_has_no_effect() -> None:
+    manager, ran = WebSocketManager(), []
+
+    @manager.commands.command
+    def touch() -> None:
+        """Leave a trace."""
+        ran.append(1)
+
+    refused: list[Headers] = [
+        {"Origin": "https://evil.example"}, {"Host": "evil.example"},
+        {"Content-Type": "text/plain"},
+        {"Sec-Fetch-Site": "cross-site"}, {"Authorization": None}, {"Origin": ["null", "null"]},
+    ]  # fmt: skip
+    async with served(manager, token=TOKEN) as server:
+        allowed: Headers = {"Authorization": f"Bearer {TOKEN}"}
+        for headers in refused:
+            request_ = post("/api/execute_command", {"command": "touch"}, {**allowed, **headers})
+            assert (await ask(server.port, request_)).status in (400, 401, 403, 415)
+        assert not ran
+        answer = await ask(server.port, post("/api/execute_command", {"command": "touch"}, allowed))
+        assert answer.status == 200 and ran == [1]
+
+
+SECRETS = [TOKEN, "other-secret", "hush-hush", "query-secret", "from-elsewhere"]
+
+
+async def test_logs_never_hold_tokens_queries_or_auth_payloads(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    manager = WebSocketManager()
+
+    @manager.on("connect")
+    async def connect(client: Client, auth: dict[str, Any]) -> None:
+        if auth.get("fail"):
+            raise RuntimeError("no")
+
+    async with served(manager, token=TOKEN) as server:
+        port = server.port
+        bearer = {"Authorization": f"Bearer {TOKEN}"}
+        for request_ in (
+            upgrade(f"/ws?token={TOKEN}&x=query-secret"),
+            upgrade("/ws?token=other-secret"),
+            upgrade("/nowhere?token=other-secret"),
+            upgrade(f"/ws?token={TOKEN}", {"Origin": "https://evil.example"}),
+            upgrade(f"/ws?token={TOKEN}", {"Host": "evil.example"}),
+            upgrade("/ws", {"Authorization": "Bearer other-secret"}),
+            upgrade("/ws", {**bearer, "Sec-WebSocket-Version": "7"}),
+            head("GET", f"/metrics?token={TOKEN}"),
+            head("GET", f"/api/status?token={TOKEN}&{'x=1&' * 200}"),
+            head("BREW", f"/rpc?token={TOKEN}"),
+            post(f"/api/execute_command?token={TOKEN}", b"{not json hush-hush"),
+            post("/rpc", b"hush-hush", bearer),
+            head("GET", f"/rpc?query-secret={'x' * 9000}", bearer),
+            f"GET /?token={TOKEN} HTTP/9\r\n\r\n".encode(),
+        ):
+            await ask(port, request_)
+        async with engine(port, connect=None) as peer:
+            for auth in ({"token": "other-secret"}, {"token": TOKEN, "fail": 1, "x": "hush-hush"}):
+                await peer.send(frame(1, b"40/ws," + json.dumps(auth).encode()))
+                assert (await peer.frame()).payload.startswith(b"44/ws,")
+            await peer.send(frame(1, b'40/ws,{"token":"hush-hush"'))
+            assert (await peer.closed()).code == 1002
+        async with raw(port, f"/ws?token={TOKEN}&since=query-secret") as peer:
+            await peer.send(frame(1, b"\xff hush-hush"))
+            assert (await peer.closed()).code == 1007
+    shown = caplog.text + repr(server.config) + repr(manager)
+    assert "evil.example" in caplog.text  # logs were captured
+    assert not [secret for secret in SECRETS if secret in shown]
+
+
+async def test_flood_of_refused_handshakes_logs_little(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "karna_ws")
+    async with served() as server:
+        for number in range(400):  # a page can make up origins as it likes
+            answer = await ask(
+                server.port, upgrade(headers={"Origin": f"http://e{number}.example"})
+            )
+            assert answer.status == 403
+        for _ in range(50):
+            await ask(server.port, upgrade(headers={"Host": "evil.example"}))
+        assert len(server.manager.log_gate._counts) < 100
+        assert (await get_metrics(server.port))["karna_refused_total{reason=forbidden}"] == 450
+    refusals = [record for record in caplog.records if "refused" in record.getMessage()]
+    assert 1 <= len(refusals) <= 60

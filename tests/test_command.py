@@ -1,0 +1,607 @@
+"""Functions as commands: from a line to a call, and running it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shlex
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal, Optional
+
+import pytest
+
+import services
+from karna.errors import CommandTimeout, UnknownCommand
+from services import (
+    Command,
+    CommandFailed,
+    CommandProcessor,
+    Context,
+    MAX_PREPARED_CHARS,
+    Unavailable,
+    UsageError,
+)
+from support import DEADLINE_S, until
+from support_commands import LINE, any_words, hang, processor, run_line
+from support_property import given, settings, st
+
+
+@settings(max_examples=200, deadline=None)
+@given(LINE)
+def test_prepare_splits_as_shlex_does(line: str) -> None:
+    commands = processor(any_words)
+    try:
+        expected = shlex.split("any " + line)[1:]
+    except ValueError:
+        with pytest.raises(UsageError):
+            commands.prepare("any " + line)
+    else:
+        assert commands.prepare("any " + line).args == expected
+
+
+def shapes() -> CommandProcessor:
+    commands = CommandProcessor(builtins=False)
+
+    @commands.command
+    def move(
+        x: int,
+        y: float = 0.5,
+        *tags: str | None,
+        fast: bool = False,
+        level: Literal["low", "high"] = "low",
+    ) -> Any:
+        return x, y, tags, fast, level
+
+    @commands.command(name="set", aliases=("put", "let"))
+    def set_(key: str, value: Optional[int] = None, *, dry_run: bool = True, by: str) -> Any:  # noqa: UP045
+        return key, value, dry_run, by
+
+    @commands.command
+    def loose(a, b=2, *rest, **more) -> Any:  # type: ignore[no-untyped-def]
+        return a, b, rest, more
+
+    @commands.command
+    def typed(n: int | str = 1, j: dict[str, Any] | None = None, l: list[int] | None = None, b: bytes | str = b"",  # noqa: E741
+              c: Literal[1, True, "x", None] = None) -> Any:  # fmt: skip
+        return n, j, l, b, c
+
+    @commands.command
+    def must(*, sure: bool, size: int, tone: Literal["a", None] = None) -> Any:
+        return sure, size, tone
+
+    @commands.command
+    def total(*numbers: float) -> float:
+        return sum(numbers)
+
+    return commands
+
+
+GOOD_LINES: list[tuple[str, dict[str, Any], Any]] = [
+    ("move 3", {}, (3, 0.5, (), False, "low")),
+    ("move -3 1e3 a b --fast", {}, (-3, 1000.0, ("a", "b"), True, "low")),
+    ("move --level=high 3 --no-fast", {}, (3, 0.5, (), False, "high")),
+    ("move --level high 3 --fast=on", {}, (3, 0.5, (), True, "high")),
+    ("move 3 -- 1 --fast", {}, (3, 1.0, ("--fast",), False, "low")),
+    ("move 3", {"fast": True, "level": "high"}, (3, 0.5, (), True, "high")),
+    ("move", {"x": 1, "y": 2}, (1, 2.0, (), False, "low")),
+    ("move", {"x": "1", "tags": ["a", "b"]}, (1, 0.5, ("a", "b"), False, "low")),
+    ("move 1 2 --fast=no", {"tags": "a"}, (1, 2.0, ("a",), False, "low")),
+    ("set k --by me", {}, ("k", None, True, "me")),
+    ("put k 5 --by=me --no-dry-run", {}, ("k", 5, False, "me")),
+    ("let '' --by ''", {"value": None}, ("", None, True, "")),
+    ("loose 1", {}, ("1", 2, (), {})),
+    ("loose 1 x y --z w --dash-ed=v", {"q": [1]}, ("1", "x", ("y",), {"z": "w", "dash_ed": "v", "q": [1]})),
+    ("loose", {"a": b"raw", "b": None}, (b"raw", None, (), {})),
+    ("typed 5", {}, (5, None, None, b"", None)),
+    ("typed five", {"j": {"k": 1}, "l": [1, "2"], "b": b"\0"}, ("five", {"k": 1}, [1, 2], b"\0", None)),
+    ("typed", {"c": True, "b": "text", "n": 7}, (7, None, None, "text", True)),
+    ("typed", {"c": 1, "j": None}, (1, None, None, b"", 1)),
+    ("typed", {"c": "x"}, (1, None, None, b"", "x")),
+    ("must --no-sure --size 5", {"tone": None}, (False, 5, None)),
+    ("total 1 2.5", {}, 3.5),
+    ("total", {"numbers": [1, "2"]}, 3.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "params", "expected"), GOOD_LINES, ids=lambda v: str(v)[:40])
+async def test_command_takes_words_options_and_params(
+    line: str, params: dict[str, Any], expected: Any
+) -> None:
+    result = await run_line(shapes(), line, **params)
+    assert result == expected
+    if isinstance(expected, tuple):
+        assert [type(value) for value in result] == [type(value) for value in expected]
+
+
+BAD_LINES: list[tuple[str, dict[str, Any], str]] = [
+    ("move", {}, "X is missing"),
+    ("move x", {}, "X must be a whole number, not 'x'"),
+    ("move 1_000", {}, "whole number"),
+    ("move ٣", {}, "whole number"),
+    (f"move {'9' * 5_000}", {}, "whole number"),
+    ("move 3 nan", {}, "Y must be a finite number"),
+    ("move 3 -inf", {}, "finite"),
+    ("move 3 1e999", {}, "finite"),
+    ("move 3 1_0", {}, "finite"),
+    ("move 3 --level", {}, "--level needs a value"),
+    ("move 3 --level mid", {}, "--level must be one of low, high, not 'mid'"),
+    ("move 3 --fast=perhaps", {}, "--fast must be true or false"),
+    ("move 3 --fast --no-fast", {}, "--fast is given twice"),
+    ("move 3 --quick", {}, "unknown option '--quick'"),
+    ("move 3 --no-level", {}, "unknown option '--no-level'"),
+    ("move 3 --x 4", {}, "unknown option '--x'"),
+    ("move 3", {"x": 4}, "X is given twice"),
+    ("move 3 --fast", {"fast": True}, "given twice"),
+    ("move", {"x": True}, "X must be a whole number, not bool"),
+    ("move", {"x": 1.5}, "not float"),
+    ("move", {"x": None}, "not NoneType"),
+    ("move 3", {"y": 10**400}, "Y must be a finite number"),
+    ("move 3", {"y": True}, "finite"),
+    ("move 3", {"fast": 1}, "--fast must be true or false"),
+    ("move 3", {"level": 1}, "one of low, high"),
+    ("move 3", {"speed": 1}, "unknown parameter 'speed'"),
+    ("move 3", {"tags": [1]}, "TAGS must be a text"),
+    ("set k", {}, "--by is missing"),
+    ("set k 1 2 --by me", {}, "too many arguments, from '2' on"),
+    ("set k", {"by": b"me"}, "--by must be a text, not bytes"),
+    ("typed", {"l": [1, "x"]}, "L must be a whole number"),
+    ("typed", {"l": "1"}, "L must be a list"),
+    ("typed", {"j": [1]}, "J must be an object"),
+    ("typed", {"b": 1}, "B must be bytes or must be a text"),
+    ("typed", {"c": 2}, "C must be one of"),
+    ("must --size 1", {}, "--sure is missing"),
+    ("total", {}, "NUMBERS is missing"),
+    ("loose 1 --a 2", {}, "unknown option '--a'"),
+    ("loose 1", {"": 1}, "unknown parameter ''"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "params", "problem"), BAD_LINES, ids=lambda v: str(v)[:40])
+def test_command_refuses_wrong_arguments(line: str, params: dict[str, Any], problem: str) -> None:
+    commands = shapes()
+    with pytest.raises(UsageError) as caught:
+        commands.prepare(line, params)
+    assert problem in str(caught.value)
+    usage = commands.commands[line.split()[0]].usage
+    assert caught.value.data == {"usage": usage} and str(caught.value).endswith(f"usage: {usage}")
+    assert len(str(caught.value)) < 300
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["move", "set", "loose", "typed", "total"]),
+    LINE,
+    st.dictionaries(
+        st.sampled_from(["x", "y", "tags", "fast", "by", "j", "l", "numbers", "zz"]),
+        JSON_VALUES,
+        max_size=3,
+    ),
+)
+def test_prepare_raises_nothing_but_service_errors(
+    name: str, line: str, params: dict[str, Any]
+) -> None:
+    with contextlib.suppress(UsageError):  # any other error fails the test
+        call = SHAPES.prepare(f"{name} {line}", params)
+        call.command.function(*call.args, **call.kwargs)  # what binds can be called
+
+
+SHAPES = shapes()
+
+
+def test_command_shows_usage_and_arguments() -> None:
+    commands = shapes().commands
+    assert commands["move"].usage == "move X [Y] [TAGS]... [--fast] [--level low|high]"
+    assert commands["set"].usage == "set KEY [VALUE] [--no-dry-run] --by BY"
+    assert commands["loose"].usage == "loose A [B] [REST]... [--NAME VALUE]..."
+    assert commands["total"].usage == "total NUMBERS..."
+    assert commands["must"].usage == "must --sure|--no-sure --size SIZE [--tone a]"
+    assert commands["put"] is commands["set"]
+    assert commands["move"].arguments == [
+        {"name": "x", "type": "int", "required": True},
+        {"name": "y", "type": "float", "required": False, "default": 0.5},
+        {"name": "tags", "type": "str", "required": False, "repeated": True},
+        {"name": "fast", "type": "bool", "required": False, "default": False, "option": "--fast"},
+        {"name": "level", "type": "str", "required": False, "default": "low", "choices": ["low", "high"], "option": "--level"},
+    ]  # fmt: skip
+
+
+def test_command_without_options_takes_dashes_as_they_are() -> None:
+    def say(first: str, *rest: str | None) -> None: ...
+
+    assert processor(say).prepare("say --a -- -b --c=d").args == ["--a", "--", "-b", "--c=d"]
+
+
+def test_prepare_keeps_inline_calls_and_no_others() -> None:
+    commands = CommandProcessor()
+    assert commands.prepare("echo a") is commands.prepare("echo a")
+    assert commands.prepare("countdown 1").args is not commands.prepare("countdown 1").args
+    assert commands.prepare("help", {"command": "echo"}).args == ["echo"]
+    assert commands.prepare("help").args == [None]
+    commands.add(Command(lambda *text: "mine", name="echo", inline=True))
+    assert commands.call_inline(commands.prepare("echo a")) == "mine"
+
+
+def test_prepare_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "MAX_PREPARED", 3)
+    commands = CommandProcessor()
+    for number in range(10):
+        commands.prepare(f"echo {number}")
+        assert len(commands.prepared) <= 3
+    commands.prepare("echo " + "x" * MAX_PREPARED_CHARS)
+    assert all(len(line) < 200 for line in commands.prepared)
+
+
+@pytest.mark.parametrize("line", ["", "  \t\n", "\r"])
+def test_prepare_refuses_empty_line(line: str) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        CommandProcessor().prepare(line)
+
+
+def test_prepare_suggests_near_names_for_unknown_command() -> None:
+    commands = CommandProcessor()
+    for word, near in [
+        ("ehco", "echo"),
+        ("hlep", "help"),
+        ("tiem", "time"),
+        ("countdwon", "countdown"),
+        ("ECHO", "echo"),
+    ]:
+        with pytest.raises(UnknownCommand) as caught:
+            commands.prepare(word)
+        assert caught.value.data["suggestions"][0] == near and near in str(caught.value)
+    with pytest.raises(UnknownCommand) as caught:
+        commands.prepare("\x07" + "q" * 1_000_000)
+    assert caught.value.data["suggestions"] == [] and len(str(caught.value)) < 200
+
+
+def test_suggest_is_bounded_in_time() -> None:
+    commands = CommandProcessor()
+    for number in range(50):
+        commands.add(Command(lambda: None, name=f"command-{number}"))
+    began = time.process_time()
+    commands.suggest("command-x " * 100_000)
+    assert time.process_time() - began < 0.5
+
+
+def test_command_refuses_at_registration_what_no_line_can_call() -> None:
+    def odd(x: set[int]) -> None: ...
+    def unknown(x: NoSuchName) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+    async def waits() -> None: ...
+    def context(c: Context) -> None: ...
+    def yields() -> Iterator[int]:
+        yield 1
+
+    wrong = [(odd, "parameter x"), (unknown, "NoSuchName"), (yields, "async def")]
+    for function, problem in wrong:
+        with pytest.raises(TypeError, match=problem):
+            Command(function)
+    for function, problem in [(waits, "plain functions"), (context, "no Context")]:
+        with pytest.raises(TypeError, match=problem):
+            Command(function, inline=True)
+    for name in ["two words", "quo'te", "back\\slash", "a\x00"]:
+        with pytest.raises(ValueError, match="one word"):
+            Command(lambda: None, name=name)
+    with pytest.raises(TypeError, match="from a function"):
+        CommandProcessor().command("name")  # type: ignore[call-overload]
+
+
+def test_processor_replaces_builtins_but_nothing_else() -> None:
+    commands = CommandProcessor()
+    commands.add(Command(lambda: "mine", name="echo"))
+    assert commands.call_inline(commands.prepare("echo")) == "mine"
+    with pytest.raises(ValueError, match="'echo' already"):
+        commands.add(Command(lambda: None, name="other", aliases=("echo",)))
+    assert "other" not in commands.commands
+
+
+def test_prepare_is_quick_for_the_commonest_line() -> None:
+    commands = CommandProcessor()
+    began = time.process_time()
+    for _ in range(20_000):
+        commands.prepare("echo hello")
+    assert (
+        time.process_time() - began
+    ) / 20_000 < 10e-6  # measured: 0.6 us; a loaded machine has room
+
+
+RAISED = [
+    (ValueError("no good"), "no good"),
+    (ValueError(), "ValueError"),
+    (KeyError("k"), "'k'"),
+    (SystemExit(), "SystemExit"),
+    (SystemExit(2), "2"),
+    (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (asyncio.CancelledError(), "CancelledError"),
+    (GeneratorExit(), "GeneratorExit"),
+    (StopIteration(), "StopIteration"),
+    (ValueError("x" * 10_000), "x" * 1_000),
+    (type("Mute", (Exception,), {"__str__": lambda self: 1 / 0})(), "Mute"),
+]
+
+
+@pytest.mark.parametrize("way", ["inline", "async", "thread", "stream"])
+@pytest.mark.parametrize(
+    ("error", "text"), RAISED, ids=[f"{type(error).__name__}-{text[:8]}" for error, text in RAISED]
+)
+async def test_handler_that_raises_anything_becomes_command_failed(
+    way: str, error: BaseException, text: str
+) -> None:
+    def plain() -> None:
+        raise error
+
+    async def waits() -> None:
+        raise error
+
+    async def streams() -> AsyncIterator[int]:
+        yield 1
+        raise error
+
+    commands = CommandProcessor(builtins=False)
+    function = {"async": waits, "stream": streams}.get(way, plain)
+    commands.add(Command(function, name="c", inline=way == "inline"))
+    with pytest.raises(CommandFailed) as caught:
+        if way == "inline":
+            commands.call_inline(commands.prepare("c"))
+        else:
+            await run_line(commands, "c")
+    assert str(caught.value) == text or isinstance(error, StopIteration)
+    assert (commands.running, commands.done, commands.failed) == (0, 0, 1)
+
+
+async def test_handler_raising_service_error_passes_it_unchanged() -> None:
+    error = Unavailable("later", retry_s=5)
+
+    async def waits() -> None:
+        raise error
+
+    def blocks() -> None:
+        raise error
+
+    commands = processor(waits, blocks)
+    for line in ["waits", "blocks"]:
+        with pytest.raises(Unavailable) as caught:
+            await run_line(commands, line)
+        assert caught.value is error
+
+
+async def test_handler_that_raises_is_logged_with_traceback_at_debug_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fails() -> None:
+        raise ValueError("no good")
+
+    commands = processor(fails)
+    for level, expected in [(logging.INFO, 0), (logging.DEBUG, 1)]:
+        caplog.clear()
+        caplog.set_level(level, "karna.services")
+        with pytest.raises(CommandFailed):
+            await run_line(commands, "fails")
+        assert caplog.text.count("Traceback") == expected
+
+
+async def test_processor_runs_each_kind_of_function_and_counts() -> None:
+    main = threading.get_ident()
+
+    def blocks() -> bool:
+        return threading.get_ident() != main
+
+    async def waits() -> bool:
+        await asyncio.sleep(0)
+        return threading.get_ident() == main
+
+    class Callable_:
+        async def __call__(self) -> str:
+            return "object"
+
+    def wrapped() -> Any:
+        return waits()
+
+    commands = processor(blocks, waits, wrapped)
+    commands.add(Command(Callable_(), name="object"))
+    touched: list[int] = []
+    commands.on_touch = lambda: touched.append(1)
+    assert [
+        await run_line(commands, line) for line in ["blocks", "waits", "wrapped", "object"]
+    ] == [
+        True,
+        True,
+        True,
+        "object",
+    ]
+    status = commands.get_status()
+    assert {k: status[k] for k in ("running", "done", "failed", "commands")} == {
+        "running": 0,
+        "done": 4,
+        "failed": 0,
+        "commands": 4,
+    }
+    assert len(touched) == 8
+
+
+async def test_inline_command_counts_and_touches() -> None:
+    commands = CommandProcessor()
+    touched: list[int] = []
+    commands.on_touch = lambda: touched.append(1)
+    assert commands.call_inline(commands.prepare("echo  a   b")) == "a b"
+    assert await run_line(commands, "echo 'a  b'") == "a  b"
+    assert commands.done == 2 and len(touched) == 2  # of an inline call `done` tells
+
+
+async def test_stream_reports_each_value_and_last_is_result() -> None:
+    closed = asyncio.Event()
+
+    async def count(n: int, context: Context) -> AsyncIterator[int]:
+        try:
+            for i in range(n):
+                yield i
+            assert context.client == "me"
+        finally:
+            closed.set()
+
+    seen: list[Any] = []
+    assert await run_line(processor(count), "count 3", Context("me", seen.append)) == 2
+    assert seen == [0, 1, 2] and closed.is_set()
+
+
+async def test_progress_waits_for_slow_client() -> None:
+    taken, go = [], asyncio.Event()
+
+    async def send(value: Any) -> None:
+        await go.wait()
+        taken.append(value)
+
+    async def one(context: Context) -> str:
+        await context.progress(1)
+        return "done"
+
+    def two(context: Context) -> str:
+        context.report(2)
+        return "done"
+
+    commands = processor(one, two)
+    running = [
+        asyncio.ensure_future(run_line(commands, line, Context(None, send)))
+        for line in ("one", "two")
+    ]
+    await asyncio.sleep(0.02)  # time enough for a wrong one to finish
+    assert not any(task.done() for task in running)
+    go.set()
+    assert await asyncio.gather(*running) == ["done", "done"] and sorted(taken) == [1, 2]
+
+
+async def test_report_on_loop_refuses_instead_of_hanging() -> None:
+    async def wrong(context: Context) -> None:
+        context.report(1)
+
+    with pytest.raises(CommandFailed, match="await context.progress"):
+        await run_line(processor(wrong), "wrong")
+
+
+async def test_context_refuses_progress_once_command_has_ended(scaled: None) -> None:
+    late: asyncio.Queue[str] = asyncio.Queue()
+    seen: list[Any] = []
+
+    async def stubborn(context: Context) -> None:
+        try:
+            await hang()
+        except asyncio.CancelledError:
+            while True:
+                try:
+                    await asyncio.sleep(0.01)
+                    await context.progress("late")
+                except CommandFailed as error:
+                    late.put_nowait(str(error))
+                    return
+
+    commands = processor(stubborn, timeout_s=0.02)
+    with pytest.raises(CommandTimeout):
+        await run_line(commands, "stubborn", Context(None, seen.append))
+    count = len(seen)
+    assert await asyncio.wait_for(late.get(), DEADLINE_S) == "the command has ended"
+    assert len(seen) == count
+
+
+@pytest.mark.parametrize("way", ["async", "stream", "thread"])
+async def test_time_limit_ends_command(way: str, scaled: None) -> None:
+    closed, release = threading.Event(), threading.Event()
+
+    async def waits() -> None:
+        try:
+            await hang()
+        finally:
+            closed.set()
+
+    async def streams() -> AsyncIterator[int]:
+        try:
+            yield 1
+            await hang()
+        finally:
+            closed.set()
+
+    def blocks() -> None:
+        release.wait(DEADLINE_S)
+
+    commands = CommandProcessor(builtins=False, timeout_s=0.05)
+    commands.add(Command({"async": waits, "stream": streams, "thread": blocks}[way], name="c"))
+    with pytest.raises(CommandTimeout, match="c took longer than 0.05 s"):
+        await run_line(commands, "c")
+    assert closed.is_set() or way == "thread"
+    assert (commands.running, commands.failed) == (0, 1)
+    release.set()
+
+
+async def test_time_limit_ends_stream_that_never_waits() -> None:
+    async def flood() -> AsyncIterator[int]:
+        while True:
+            yield 1
+
+    with pytest.raises(CommandTimeout):
+        await run_line(processor(flood, timeout_s=0.05), "flood")
+
+
+async def test_time_limit_holds_against_handler_that_swallows_cancellation(
+    scaled: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    go = asyncio.Event()
+
+    async def stubborn() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await hang()
+        await go.wait()
+        return "never seen"
+
+    commands = processor(stubborn, timeout_s=0.05)
+    with pytest.raises(CommandTimeout):
+        await run_line(commands, "stubborn")
+    assert "stubborn ignores its cancellation" in caplog.text
+    go.set()
+    await until(lambda: "stubborn has ended after all\n" in caplog.text)
+
+
+@pytest.mark.parametrize("way", ["async", "stream", "thread"])
+async def test_cancelling_run_cancels_handler(way: str, scaled: None) -> None:
+    began, closed, release = asyncio.Event(), asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    async def waits() -> None:
+        try:
+            began.set()
+            await hang()
+        finally:
+            closed.set()
+
+    async def streams() -> AsyncIterator[int]:
+        try:
+            began.set()
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    def blocks() -> None:
+        loop.call_soon_threadsafe(began.set)
+        release.wait(DEADLINE_S)
+
+    commands = CommandProcessor(builtins=False)
+    commands.add(Command({"async": waits, "stream": streams, "thread": blocks}[way], name="c"))
+    task = asyncio.ensure_future(commands.run(commands.prepare("c"), Context()))
+    await began.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed.is_set() or way == "thread"
+    assert (commands.running, commands.failed) == (0, 1)
+    release.set()

@@ -1,0 +1,89 @@
+"""Options: what each may be, said in one line; their defaults."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+
+from karna.config import make_config
+from karna_ws import Config
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"port": "80"}, "port must be a whole number, not str"),
+        ({"port": True}, "port must be a whole number, not bool"),
+        ({"port": 80.5}, "port must be a whole number, not float"),
+        ({"port": -1}, "port must be 0 or more, not -1"),
+        ({"port": 65536}, "port must be 65535 at most, not 65536"),
+        ({"host": None}, "host must be a text, not NoneType"),
+        ({"max_clients": 0}, "max_clients must be 1 or more, not 0"),
+        ({"max_clients": None}, "max_clients must be a whole number, not NoneType"),
+        ({"max_message_bytes": 127}, "max_message_bytes must be 128 or more, not 127"),
+        ({"max_unsent_bytes": 1023}, "max_unsent_bytes must be 1024 or more, not 1023"),
+        ({"ping_timeout_s": math.nan}, "ping_timeout_s must be 0.01 or more, not nan"),
+        ({"command_timeout_s": math.inf}, "command_timeout_s must be 0.001 or more, not inf"),
+        ({"command_timeout_s": "60"}, "command_timeout_s must be a number, not str"),
+        ({"ping_interval_s": 0}, "ping_interval_s must be 0.01 or more, not 0"),
+        ({"reuse_port": 1}, "reuse_port must be True or False, not int"),
+        ({"token": ""}, "token must be printable ASCII, without blanks around it"),
+        ({"token": b"secret"}, "token must be a text, not bytes"),
+        ({"keyfile": "key.pem"}, "keyfile needs certfile"),
+        ({"loop": "trio"}, "loop must be auto, asyncio or uvloop, not 'trio'"),
+        ({"allow_origin": 5}, "allow_origin must be a text or a list of texts, not int"),
+        ({"allow_origin": [5]}, "allow_origin must be a text or a list of texts, not tuple"),
+        (
+            {"allow_origin": "https://a.example/"},
+            "allow_origin must look like https://app.example, without a path: 'https://a.example/'",
+        ),
+        ({"namespaces": "chat"}, "namespaces must start with / and hold no comma: 'chat'"),
+        ({"namespaces": ["/a,b"]}, "namespaces must start with / and hold no comma: '/a,b'"),
+    ],
+)
+def test_config_refuses_wrong_value_in_one_line(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(complaint)}$"):
+        make_config(options)
+
+
+def test_config_refuses_unknown_option_by_name() -> None:
+    with pytest.raises(TypeError, match="prot"):
+        make_config({"prot": 1})
+
+
+def test_config_takes_one_text_or_several_for_a_list() -> None:
+    assert make_config({"allow_host": "a.example"}).allow_host == ("a.example",)
+    assert make_config({"allow_host": ["a.example", "b"]}).allow_host == ("a.example", "b")
+    assert make_config({"namespaces": {"/chat"}}).namespaces == ("/chat",)
+    assert make_config({"allow_origin": None}).allow_origin == ()
+
+
+def test_config_never_shows_secrets() -> None:
+    shown = repr(Config(token="t0ps3cret", backplane="redis://:pa55w0rd@host"))
+    assert "t0ps3cret" not in shown and "pa55w0rd" not in shown
+
+
+def test_config_has_the_options_of_the_contract_with_their_defaults() -> None:
+    promised = """host, port, unix, token, allow_origin, allow_host, namespaces, ping_interval_s,
+    ping_timeout_s, connect_timeout_s, open_timeout_s, close_timeout_s, command_timeout_s, grace_s,
+    max_message_bytes, max_body_bytes, max_clients, max_running_commands, max_unsent_bytes,
+    history_messages, history_bytes, backplane, reuse_port, loop, certfile, keyfile"""
+    config = Config()
+    for name in promised.replace(",", " ").split():
+        assert hasattr(config, name), name
+    assert (config.host, config.port) == ("127.0.0.1", 8000)
+    assert (config.history_messages, config.history_bytes) == (1000, 4 * 1024 * 1024)
+    assert (config.max_message_bytes, config.max_body_bytes) == (1024 * 1024, 1024 * 1024)
+    assert (config.max_running_commands, config.max_clients) == (32, 1000)
+    assert (config.raw_ping_interval_s, config.engine_ping_interval_s) == (20, 25)
+    assert (config.ping_timeout_s, config.connect_timeout_s) == (20, 45)
+    assert (config.command_timeout_s, config.open_timeout_s, config.grace_s) == (60, 10, 5)
+
+
+@pytest.mark.parametrize("token", ["", " ", " x", "x ", "x\n", "p\xe4ss", "\udcff", "a\x00b"])
+def test_token_that_no_header_could_carry_is_refused(token: str) -> None:
+    with pytest.raises(ValueError, match="token"):
+        Config(token=token)
