@@ -533,10 +533,13 @@ async def test_command_time_is_limited_on_every_door() -> None:
     assert gate.ended == ["a", "b", "c"]
 
 
-async def test_command_is_cancelled_however_its_client_goes_away() -> None:
+async def test_command_is_cancelled_however_its_client_goes_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("karna.http.PROBE_S", 0.05)
     manager = WebSocketManager()
     gate = Gate(manager)
-    async with served(manager) as server:
+    async with served(manager, close_timeout_s=0.2) as server:  # a sweep each 50 ms
         for number, how in enumerate(("close", "eof", "reset", "http")):
             context = dial(server.port) if how == "http" else raw(server.port)
             async with context as peer:
@@ -550,5 +553,5 @@ async def test_command_is_cancelled_however_its_client_goes_away() -> None:
                 if how == "eof":
                     peer.writer.write_eof()
             await until(lambda: gate.ended == ["close", "eof", "reset", "http"][: number + 1])
-        await until(lambda: not manager.tasks)
+        await until(lambda: not manager.commands.tasks.running)
     assert gate.cancelled == ["close", "eof", "reset", "http"]

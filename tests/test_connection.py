@@ -113,7 +113,7 @@ async def test_peer_that_ignores_the_close_is_cut(reads: bool) -> None:
     ):
         if not reads:
             peer.writer.transport.pause_reading()
-        (client,) = manager.raw
+        (client,) = manager.raw.values()
         began = time.monotonic()
         await client.disconnect("enough")
         await until(lambda: not manager.connections)
@@ -130,7 +130,7 @@ async def test_burst_of_one_turn_leaves_a_stuck_reader_no_more_than_its_limit(th
         async with lazy(server.port) as stuck:
             stuck.writer.transport.pause_reading()
             [connection] = manager.connections
-            [client] = manager.raw
+            [client] = manager.raw.values()
             most = 0
             for _ in range(300):
                 if through == "broadcast":
@@ -154,7 +154,7 @@ async def test_long_answer_is_no_sign_of_a_slow_client(inline: bool) -> None:
     manager.commands.add(Command((lambda size: "x" * int(size)) if inline else later,
                                  name="long", inline=inline))  # fmt: skip
     async with served(manager) as server, lazy(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
         peer.writer.transport.pause_reading()
         await peer.send_json(execute("long 12000000", 1))
         await until(lambda: not client.connection.is_writable)
@@ -168,7 +168,7 @@ async def test_long_answer_is_no_sign_of_a_slow_client(inline: bool) -> None:
 async def test_what_leaves_behind_other_frames_is_counted_once() -> None:
     manager = WebSocketManager()
     async with served(manager) as server, raw(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
 
         def counters() -> tuple[int, int]:
             return manager.bytes_out, manager.messages_out + manager.deliveries
@@ -198,7 +198,7 @@ async def test_stream_stays_whole_when_writes_are_cut_anywhere() -> None:
 
     options = {"max_unsent_bytes": 2**30}
     async with served(manager, **options) as server, lazy(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
         peer.writer.transport.pause_reading()
         task = asyncio.create_task(talk(client))
         for number in range(60):
@@ -222,7 +222,7 @@ async def test_stream_stays_whole_when_writes_are_cut_anywhere() -> None:
 async def test_client_that_takes_what_is_written_lives_without_a_word() -> None:
     manager = WebSocketManager()
     async with served(manager) as server, lazy(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
         connection = client.connection
         peer.writer.transport.pause_reading()
         count = 0
