@@ -647,10 +647,10 @@ class RecoveryModel:
             while not (frame := await client.next()).startswith("40/ws,"):
                 self._take_event(reader, frame)
             answer = json.loads(frame.removeprefix("40/ws,"))
-            if answer["sid"] != reader.sid:
+            assert answer["sid"] == reader.sid
+            if answer["pid"] != reader.pid:  # what its own client takes for not recovered
                 reader.seen.append(GAP)
                 self._begin(reader, answer)
-            assert (answer["sid"], answer["pid"]) == (reader.sid, reader.pid)
             reader.client = client
         self.manager.admit = admit  # type: ignore[method-assign]
 
