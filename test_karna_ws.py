@@ -142,16 +142,6 @@ async def test_rest_notify_broadcasts_and_counts(level: str | None) -> None:
         assert (await client.packet("42/ws,"))[1]["data"] == data
 
 
-async def test_head_answers_as_get_without_the_body() -> None:
-    async with served() as server:
-        for path in ("/", "/health", "/api/status", "/nowhere", "/ws", "/rpc"):
-            get = await ask(server.port, head("GET", path))
-            without = await ask(server.port, head("HEAD", path))
-            assert (without.status, without.body) == (get.status, b"")
-            assert without.headers["content-type"] == get.headers["content-type"]
-            assert without.headers["content-length"] == get.headers["content-length"]
-
-
 async def test_refusals_tell_what_would_be_right() -> None:
     async with served() as server:
         port = server.port
@@ -507,16 +497,6 @@ async def test_json_rpc_is_answered_in_its_own_form() -> None:
         assert (status, without_words(answer)) == (200, rpc_error(-32700, None))
         # Whatever they ask for is carried out, though nobody is told.
         assert manager.notified == [[1, 2, 3, 4, 5]] * 2 + [7, 7, 8, 8]  # type: ignore
-
-
-async def test_json_rpc_error_holds_our_code_and_what_helps() -> None:
-    async with served() as server, Raw.open(server) as client:
-        call = {"jsonrpc": "2.0", "method": EXECUTE, "params": {"command": "ecko"}, "id": 1}
-        await client.send(call)
-        error = (await client.next())["error"]
-        assert -32099 <= error["code"] <= -32000
-        assert error["data"]["code"] == "unknown_command"
-        assert error["data"]["suggestions"] == ["echo"]
 
 
 # --- The status object ---------------------------------------------------------------------------

@@ -256,3 +256,13 @@ async def test_http_answers_for_handlers_that_fail() -> None:
                 rpc = {"jsonrpc": "2.0", "method": f"method_{kind}", "params": [name], "id": 1}
                 answer = await ask(server.port, post("/rpc", rpc))
                 assert answer.status == 200 and answer.json["error"]["message"], (kind, name)
+
+
+async def test_head_answers_as_get_without_the_body() -> None:
+    async with served() as server:
+        for path in ("/", "/health", "/api/status", "/nowhere", "/ws", "/rpc"):
+            get = await ask(server.port, head("GET", path))
+            without = await ask(server.port, head("HEAD", path))
+            assert (without.status, without.body) == (get.status, b"")
+            assert without.headers["content-type"] == get.headers["content-type"]
+            assert without.headers["content-length"] == get.headers["content-length"]

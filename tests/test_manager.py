@@ -786,3 +786,14 @@ async def test_program_may_replace_services_and_add_its_own() -> None:
         assert answer["data"]["code"] == "unknown_command", "it went with the service"
     assert eyes.calls == ["start", "stop"]
     assert lamp.state == "stopped"
+
+
+async def test_message_handler_that_fails_answers_an_internal_error() -> None:
+    class Broken(WebSocketManager):
+        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> Any:
+            raise LookupError("bug")
+
+    async with served(Broken(), logs_errors=True) as server, Raw.open(server) as client:
+        for _ in range(2):
+            await client.send("x")
+            assert (await client.next())["data"]["code"] == "internal_error"
