@@ -22,7 +22,6 @@ from services import (
     CommandFailed,
     CommandProcessor,
     Context,
-    MAX_PREPARED_CHARS,
     Unavailable,
     UsageError,
 )
@@ -328,7 +327,7 @@ def test_prepare_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch
     for number in range(10):
         commands.prepare(f"echo {number}")
         assert len(commands.prepared) <= 3
-    commands.prepare("echo " + "x" * MAX_PREPARED_CHARS)
+    commands.prepare("echo " + "x" * 200)
     assert all(len(line) < 200 for line in commands.prepared)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from karna.connection import HOLD_CALLS
 from karna.errors import StartError
-from karna.reader import EpollReader, Turns
+from karna.reader import Turns
 from karna_ws import Client, WebSocketManager, serving
 from services import Context, Service
 from support import execute, served, until
