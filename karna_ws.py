@@ -657,7 +657,7 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     if not isinstance(wanted, int | str) or isinstance(wanted, bool):
         raise InvalidParams('"id" must be the id of a running command')
     calls = request.client.calls
-    if calls is None or not calls.cancel(wanted):
+    if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
     return request.encode("command_response", {"cancelled": wanted})
 

@@ -105,7 +105,7 @@ class Connection(ServerConnection):
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
         "_drained", "_holds", "_need", "_parts", "_parts_are_text", "_queue", "_tail", "allowance",
-        "deadline", "door", "fd", "heard", "hub", "is_queueing", "loop", "name", "next_ping",
+        "calls", "deadline", "door", "fd", "heard", "hub", "is_queueing", "loop", "name", "next_ping",
         "phase", "pinged_at", "protocol", "reader", "transport", "waiting", "waiting_bytes",
     )  # fmt: skip
 
@@ -126,6 +126,7 @@ class Connection(ServerConnection):
         self.next_ping = NEVER
         self.pinged_at: float | None = None
         self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
+        self.calls: Any = None  # what its clients have running and waiting, while there is any
         self.waiting = 0  # requests, all namespaces together, that wait for a command to end
         self.waiting_bytes = 0
         self.is_queueing = False  # until the next flush frames are queued, to leave together

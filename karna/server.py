@@ -168,7 +168,7 @@ class Server:
         asking = [door.client for door in doors if isinstance(door, Exchange) and door.client]
         for client in [*manager.all_clients(), *asking]:
             if client.calls is not None:
-                client.calls.stop()
+                client.calls.stop(client)
         for work in works:
             await work.wait(CANCEL_S)
 
