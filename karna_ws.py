@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
-from karna.access import TOKEN_TEXT, check_access, is_authorized, token_matches
+from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
 from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler
 from karna.config import Config, make_config
@@ -55,7 +55,6 @@ from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_requir
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
-from karna.log import log
 from karna.server import Server, ServedHub
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
@@ -74,7 +73,9 @@ __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
 ENVELOPE_BYTES = 1024  # more than a notification is longer than the request for it
+FULL_TEXT = "the server is full (--max-clients)"
 LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
+REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
 CLIENTS_A_TURN = 100  # for whom a flush waits one more turn of the loop: 1 us in 400, and...
 MAX_TURNS = 8  # ...never more than this
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
@@ -121,10 +122,14 @@ class RawClient(Client, Door):
         """It is in: send what it missed."""
         if missed is not None:
             self.connection.allow(replay_bytes(missed))
-            for _, envelope in missed:
-                self.deliver(envelope, None)
+            for offset, envelope in missed:
+                self.send_missed(offset, envelope)
         elif self.since is not None:
             self.deliver(HISTORY_GAP, None)
+
+    def send_missed(self, offset: str, envelope: bytes) -> None:
+        """Send one broadcast of a replay."""
+        self.deliver(envelope, None)
 
     def refuse(self, message: str) -> None:
         """It may not come in."""
@@ -157,9 +162,14 @@ class SocketIoDoor(SocketIoSession):
         manager = self.manager
         if namespace not in manager.sockets:
             return self.refuse(namespace, "Invalid namespace")
-        if not self.is_authorized and not token_matches(manager.config.token, auth.get("token")):
-            manager.metrics.refusals["token"] += 1
-            return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
+        if not self.is_authorized:
+            if not token_matches(manager.config.token, auth.get("token")):
+                manager.metrics.refusals["token"] += 1
+                return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
+            if manager.is_full:
+                return self.refuse(namespace, FULL_TEXT, code="unavailable")
+            self.is_authorized = True
+            manager.seat(self.connection)
         client = self.clients[namespace] = SocketIoClient(self, namespace, auth)
         manager.admit(client)
 
@@ -402,9 +412,8 @@ class WebSocketManager(ServedHub):
         try:
             body = checked_entry(body, self.max_entry_bytes)
         except ValueError as error:
-            if self.log_gate.admits("foreign entry"):
-                log.warning("skipped entry %s of the backplane: %s", offset, error)
-            return
+            text = "skipped entry %s of the backplane: %s"
+            return self.log_gate.warning("foreign entry", text, offset, error)
         self.receive_broadcast(offset, body)
 
     def restore_history(self, base: str, entries: list[tuple[str, bytes]]) -> None:
@@ -490,11 +499,6 @@ class WebSocketManager(ServedHub):
     def first_door(self, connection: Connection) -> Exchange:
         return Exchange(connection, self._route)
 
-    @property
-    def is_full(self) -> bool:
-        """Are there as many clients as there may be?"""
-        return len(self.raw) + len(self.sessions) >= self.config.max_clients
-
     def admit(self, client: RawClient | SocketIoClient) -> None:
         """A client asks to come in: its connect handler decides; then it is sent what it missed.
 
@@ -536,6 +540,26 @@ class WebSocketManager(ServedHub):
             return client.refuse(encodable(explain(error)))
         self.flush_broadcasts()  # to the others: this one gets them from the history
         missed = None if client.since is None else self._missed(client.since)
+        if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
+            self.spawn(self._replay(client, missed), f"replay for {client.id}")
+        else:
+            self._enter(client, missed)
+
+    async def _replay(self, client: RawClient | SocketIoClient, missed: Missed) -> None:
+        """Send a long replay as its client reads it; it is live when it has caught up."""
+        left: Missed | None = missed
+        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
+            for offset, envelope in left:
+                client.send_missed(offset, envelope)
+                await client.connection.written()
+                if not client.is_present:
+                    return
+            self.flush_broadcasts()
+            left = self.history.since(left[-1][0])
+        self._enter(client, left)
+
+    def _enter(self, client: RawClient | SocketIoClient, missed: Missed | None) -> None:
+        """It is live from now on."""
         self._add(client)
         client.welcome(missed)
         if missed is not None and self.backplane is not None:
@@ -569,8 +593,15 @@ class WebSocketManager(ServedHub):
         del members[client.id]
         handler = self.handlers.get("disconnect")
         if handler is not None:
+            self.leaving += 1
+            client.connection.count_leaving(1)
             call = Call(handler, [client, reason], {})
-            self.commands.start_call(call, Context(client), lambda value, error: None)
+            left = functools.partial(self._left, client)
+            self.commands.start_call(call, Context(client), left)
+
+    def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
+        self.leaving -= 1
+        client.connection.count_leaving(-1)
 
 
 _connection_of = attrgetter("connection")
@@ -741,7 +772,11 @@ def handle_other(client: Client, message: Any, size: int) -> bytes | None:
 def route(manager: WebSocketManager, exchange: Exchange) -> None:
     """Take an HTTP request whose head is there to what answers it. Raises RequestError."""
     head = exchange.head
-    exchange.origin = check_access(manager.config, head)
+    config, connection = manager.config, exchange.connection
+    if config.trust_proxy:
+        connection.forwarded_for = forwarded_for(config, connection.peer, head)
+    is_near = head.is_http_1_0 and connection.is_near
+    exchange.origin = check_access(config, head, is_near=is_near)
     if head.is_upgrade:
         return upgrade(manager, exchange)
     if "EIO" in head.query:
@@ -766,10 +801,13 @@ def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
         check_engine_handshake(head)
     elif head.path not in ("/ws", "/ws/"):
         raise _not_found()
-    if manager.is_draining or manager.is_full:
-        what = "shutting down" if manager.is_draining else "full (--max-clients)"
-        raise Unavailable(f"the server is {what}", headers={"Retry-After": "5"})
+    may_come_in = is_authorized(manager.config, head)  # else the token comes with CONNECT
+    if manager.is_draining or (manager.is_full and may_come_in):
+        text = "the server is shutting down" if manager.is_draining else FULL_TEXT
+        raise Unavailable(text, headers={"Retry-After": "5"})
     handshake = accept(head)
+    if may_come_in:
+        manager.seat(connection)
     (_open_socket_io if is_engine else _open_raw)(manager, exchange, handshake)
     connection.flush()
     if exchange.rest:
@@ -786,7 +824,8 @@ def _open_raw(manager: WebSocketManager, exchange: Exchange, handshake: bytes) -
 
 def _open_socket_io(manager: WebSocketManager, exchange: Exchange, handshake: bytes) -> None:
     head = exchange.head
-    session = SocketIoDoor(exchange.connection, manager, is_authorized(manager.config, head))
+    is_seated = exchange.connection in manager.seats
+    session = SocketIoDoor(exchange.connection, manager, is_authorized=is_seated)
     exchange.connection.upgrade(handshake, session, manager.config.engine_ping_interval_s)
     if head.query["EIO"][0] == "3":
         return refuse_old_client(session)

@@ -86,8 +86,7 @@ class Client:
         """What every sending ends with: a program that sends in a loop must not be the only one."""
         if not self.is_present:
             raise ConnectionError(f"client {self.id} has left")
-        await self.connection.drained()
-        await self.connection.hub.turns.breathe()
+        await self.connection.written()
 
     async def emit(self, event: str, *args: Any) -> None:
         """Send a Socket.IO event; to a raw client, an envelope of that type.
@@ -312,8 +311,7 @@ class Calls:
         if request.is_done:
             return None
         request.progress(value)
-        connection = self.connection
-        return connection.hub.turns.breathe() if connection.is_writable else connection.drained()
+        return self.connection.written()
 
     def _on_end(self, request: Request, value: Any, error: RequestError | None) -> None:
         """A command has ended, however it did: answer it, and start what waited for it."""

@@ -41,6 +41,7 @@ from karna.hub import Hub
 from karna.reader import FLUSH_BYTES, EpollReader
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
+MAX_LEAVING = 4  # disconnect handlers of one connection at a time
 MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others
 FLUSH_FRAMES = 64  # joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
@@ -67,6 +68,8 @@ HOLD_CONNECT = 4  # its connect handler is still deciding
 HOLD_CLOSED = 8  # nothing that still arrives counts
 HOLD_TURN = 16  # it has had its turn: others are served before it goes on
 HOLD_ANSWER = 32  # it pipelines HTTP requests faster than they are answered
+HOLD_LEAVING = 64  # too many of its disconnect handlers run
+HOLD_BATCH = 128  # a batch of its requests is done in several turns
 
 
 class Door:
@@ -86,6 +89,11 @@ class Door:
         """What is said where a bug of ours kept a message from being handled; already logged."""
         return None
 
+    @property
+    def is_idle(self) -> bool:
+        """Is nothing being done for it that its peer waits for?"""
+        return True
+
     def take_end(self) -> bool:
         """The peer sends no more, before an upgrade; is an answer to it still to come?"""
         return False
@@ -99,14 +107,21 @@ class Door:
         raise NotImplementedError
 
 
+def peer_address(transport: asyncio.BaseTransport) -> str:
+    """The IP address at the other end; empty for a Unix socket, or once it is closed."""
+    name = transport.get_extra_info("peername")
+    return str(name[0]) if isinstance(name, tuple) else ""
+
+
 class Connection(ServerConnection):
     """One socket, from its first byte to its close."""
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
         "_drained", "_holds", "_need", "_parts", "_parts_are_text", "_queue", "_tail", "allowance",
-        "calls", "deadline", "door", "fd", "heard", "hub", "is_queueing", "loop", "name", "next_ping",
-        "phase", "pinged_at", "protocol", "reader", "transport", "waiting", "waiting_bytes",
+        "calls", "deadline", "door", "fd", "forwarded_for", "heard", "hub", "is_queueing",
+        "leaving", "loop", "name", "next_ping", "phase", "pinged_at", "protocol", "reader",
+        "transport", "waiting", "waiting_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -121,12 +136,14 @@ class Connection(ServerConnection):
         self.phase = Phase.HTTP
         self.deadline = self.loop.time() + hub.config.open_timeout_s
         self.heard = True
+        self.forwarded_for: str | None = None  # its peer's address, where a proxy is trusted
         self.fd = -1  # of its socket, if we may use that ourselves
         self.reader: EpollReader | None = None  # who reads it in place of the transport
         self.next_ping = NEVER
         self.pinged_at: float | None = None
         self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
         self.calls: Any = None  # what its clients have running and waiting, while there is any
+        self.leaving = 0  # its disconnect handlers that run
         self.waiting = 0  # requests, all namespaces together, that wait for a command to end
         self.waiting_bytes = 0
         self.is_queueing = False  # until the next flush frames are queued, to leave together
@@ -138,6 +155,27 @@ class Connection(ServerConnection):
         self._parts: list[bytes] | None = None  # of a fragmented message
         self._parts_are_text = False
         self.door: Door = hub.first_door(self)
+
+    @property
+    def is_dispensable(self) -> bool:
+        """May it give way to a newcomer, if it has not been let in?"""
+        return self.phase is not Phase.HTTP or self.door.is_idle
+
+    @property
+    def peer(self) -> str:
+        """The IP address at the other end; empty for a Unix socket."""
+        return peer_address(self.transport)
+
+    @property
+    def is_near(self) -> bool:
+        """Is its peer on this machine, by loopback or a Unix socket?"""
+        address = self.peer
+        return not address or address.startswith("127.") or address == "::1"
+
+    @property
+    def who(self) -> str:
+        """As logs name it: with its peer's address, or what a trusted proxy says that is."""
+        return f"{self.name} {self.forwarded_for or self.peer or ''}".rstrip()
 
     # What asyncio calls.
 
@@ -389,7 +427,7 @@ class Connection(ServerConnection):
 
     def _drop_slow(self) -> None:
         """It reads too slowly: it gets no more, and may come back through its offset."""
-        self.hub.drop(self.name, "slow")
+        self.hub.drop(self.who, "slow")
         limit = self.hub.config.max_unsent_bytes
         self.close(CloseCode.TRY_AGAIN_LATER, f"over {limit} bytes unread (--max-unsent)")
 
@@ -429,8 +467,9 @@ class Connection(ServerConnection):
         """Does the client read as fast as we write?"""
         return not self._holds & HOLD_WRITES
 
-    async def drained(self) -> None:
-        """Wait while the client reads more slowly than we write to it."""
+    async def written(self) -> None:
+        """Wait while the client reads more slowly than we write to it; let others have a turn."""
+        await self.hub.turns.breathe()
         if self._holds & HOLD_WRITES and self.phase is _OPEN:
             if self._drained is None:
                 self._drained = self.loop.create_future()
@@ -500,6 +539,14 @@ class Connection(ServerConnection):
             # Not now: the caller may be in the middle of handling another message.
             self.hub.turns.wait(self.read_kept)
 
+    def count_leaving(self, count: int) -> None:
+        """Disconnect handlers begin or end: who joins and leaves in turn waits for them."""
+        self.leaving += count
+        if self.leaving > MAX_LEAVING:
+            self.hold(HOLD_LEAVING)
+        else:
+            self.release(HOLD_LEAVING)
+
     def _pause_reading(self) -> None:
         if self.reader is not None:
             self.reader.remove(self)
@@ -559,7 +606,7 @@ class Connection(ServerConnection):
         if self.heard or self._holds & ~HOLD_WRITES:  # while we don't read it, we can't hear it
             self.pinged_at = None
         if self.pinged_at is not None and now >= self.pinged_at + timeout_s:
-            self.hub.drop(self.name, "silent")
+            self.hub.drop(self.who, "silent")
             self.close(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
             return self.abort()
         if now >= self.next_ping:
@@ -590,6 +637,7 @@ class Connection(ServerConnection):
             return
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
+        self.hub.seats.discard(self)
         self.door.leave()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:

@@ -21,7 +21,7 @@ from karna.config import Config
 from karna.connection import Connection, Phase
 from karna.errors import StartError
 from karna.http import Exchange
-from karna.listen import Listener
+from karna.listen import Listener, fit_descriptors
 from karna.log import log
 from karna.service import Monitor, Service
 
@@ -87,6 +87,7 @@ class Server:
         if manager.loop is not None:
             raise StartError("this manager is served already")
         manager.configure(self.config)
+        manager.max_clients = fit_descriptors(self.config.max_clients)
         manager.use_backplane(self._make_backplane())
         await self.listener.bind(functools.partial(Connection, manager))
         try:
@@ -143,6 +144,9 @@ class Server:
         self.listener.stop_accepting()
         manager.flush_broadcasts()
         for connection in tuple(manager.connections):
+            if not isinstance(connection, Connection):
+                connection.abort()  # it is still in its TLS handshake
+                continue
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
             if connection.phase is Phase.HTTP and connection.door.is_idle:
                 connection.abort()  # it has asked for nothing
@@ -164,7 +168,8 @@ class Server:
         until = time.monotonic() + self.config.grace_s
         for work in works:
             await work.wait(max(0.0, until - time.monotonic()))
-        doors = [connection.door for connection in manager.connections]
+        open_ones = [each for each in manager.connections if isinstance(each, Connection)]
+        doors = [connection.door for connection in open_ones]
         asking = [door.client for door in doors if isinstance(door, Exchange) and door.client]
         for client in [*manager.all_clients(), *asking]:
             if client.calls is not None:
