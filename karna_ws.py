@@ -32,34 +32,34 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import fields
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
+from karna.broadcasts import Missed
 from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler
 from karna.config import Config, make_config
-from karna.connection import HOLD_CONNECT, NEVER, Connection, Door, write_all
+from karna.connection import Connection
+from karna.door import HOLD_CONNECT, NEVER, Door
 from karna.context import Context
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, explain
 from karna.frames import PING_FRAME, frame_binary, frame_text
-from karna.history import History, checked_entry, replay_bytes, with_offset
+from karna.history import replay_bytes
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
-from karna.server import Server, ServedHub
+from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
-from karna.socketio import check_engine_handshake, encode_broadcast, refuse_old_client
-from karna.packets import encode_namespace
+from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
 from karna.text import encodable
 from services import CommandProcessor, LanguageService, VisionService, notification
@@ -72,15 +72,10 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
-ENVELOPE_BYTES = 1024  # more than a notification is longer than the request for it
 FULL_TEXT = "the server is full (--max-clients)"
 LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
 REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
-CLIENTS_A_TURN = 100  # for whom a flush waits one more turn of the loop: 1 us in 400, and...
-MAX_TURNS = 8  # ...never more than this
-FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
 
-Missed = list[tuple[str, bytes]]  # offsets and envelopes that a client has not seen
 
 
 # --- doors -------------------------------------------------------------------------------------
@@ -221,10 +216,7 @@ class WebSocketManager(ServedHub):
         self.commands.use_broadcaster(self)
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
-        self.raw: dict[str, RawClient] = {}  # by id, as the Socket.IO ones
         self.sessions: set[SocketIoSession] = set()
-        self.broadcasts = self.deliveries = 0
-        self.backplane: RedisBackplane | None = None
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self._route = functools.partial(route, self)
         self.configure(Config())
@@ -250,17 +242,8 @@ class WebSocketManager(ServedHub):
         """Take new options, and begin a new history. A server that runs keeps those it has."""
         self.config = config
         self.is_draining = False
-        self._started_ns = time.time_ns()
-        self.node = f"{self._started_ns:x}"[-8:]  # names this process in its status
-        self._offset_number = 0
-        self.history = self._make_history(f"{self._started_ns}-0")
-        self.flushed = self.history.last  # the offset up to which clients have been written to
-        self.sockets: dict[str, dict[str, SocketIoClient]] = {
-            namespace: {} for namespace in ("/", "/ws", "/ws/", *config.namespaces)
-        }
+        self.begin_history()
         self.max_message_bytes = config.max_message_bytes
-        # Longest broadcast in the backplane: what came in as a request fits.
-        self.max_entry_bytes = max(config.max_message_bytes, config.max_body_bytes) + ENVELOPE_BYTES
         self.commands.timeout_s = config.command_timeout_s
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
@@ -268,11 +251,6 @@ class WebSocketManager(ServedHub):
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
-        self._pending: Missed = []  # broadcasts of this turn of the loop
-        self._pending_bytes = 0
-
-    def _make_history(self, base: str) -> History:
-        return History(self.config.history_messages, self.config.history_bytes, base)
 
     def use_backplane(self, backplane: RedisBackplane | None) -> None:
         """Share broadcasts through `backplane`, or keep them in this process."""
@@ -361,8 +339,7 @@ class WebSocketManager(ServedHub):
         if self.backplane is not None:
             self.backplane.enqueue(body)
         else:
-            self._offset_number += 1
-            self.receive_broadcast(f"{self._started_ns}-{self._offset_number}", body)
+            self.receive_broadcast(self.next_offset(), body)
 
     async def publish(self, type: str, data: Any) -> int:
         """`broadcast`, and wait until the backplane has accepted it."""
@@ -382,94 +359,6 @@ class WebSocketManager(ServedHub):
         """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
         return self.broadcast("notification", notification(message, level))
 
-    def count_clients(self) -> int:
-        """Clients that a broadcast goes to: a Socket.IO session counts once a namespace."""
-        return len(self.raw) + sum(map(len, self.sockets.values()))
-
-    def all_clients(self) -> list[Client]:
-        """Every client that broadcasts go to."""
-        sockets = (client for members in self.sockets.values() for client in members.values())
-        return [*self.raw.values(), *sockets]
-
-    def receive_broadcast(self, offset: str, body: bytes, *, is_kept: bool = True) -> None:
-        """A broadcast is accepted: keep it and send it to the clients of this process."""
-        envelope = with_offset(body, offset)
-        if is_kept:
-            self.history.append(offset, envelope)
-        self._pending.append((offset, envelope))
-        self._pending_bytes += len(envelope)
-        self.broadcasts += 1
-        if self.loop is None:  # nobody is served yet
-            self.flush_broadcasts()
-        elif len(self._pending) == 1:
-            turns = min(len(self.connections) // CLIENTS_A_TURN, MAX_TURNS)
-            self.loop.call_soon(self._flush_soon, self.broadcasts, turns)
-        elif self._pending_bytes > FLUSH_BROADCAST_BYTES:
-            self.flush_broadcasts()
-
-    def receive_entry(self, offset: str, body: bytes) -> None:
-        """An entry of the shared stream arrives: any process that reaches Redis may have put it."""
-        try:
-            body = checked_entry(body, self.max_entry_bytes)
-        except ValueError as error:
-            text = "skipped entry %s of the backplane: %s"
-            return self.log_gate.warning("foreign entry", text, offset, error)
-        self.receive_broadcast(offset, body)
-
-    def restore_history(self, base: str, entries: list[tuple[str, bytes]]) -> None:
-        """History is loaded from the backplane: who is a client already may have missed some."""
-        self.flush_broadcasts()
-        self.history = self._make_history(base)
-        for offset, body in entries:
-            with suppress(ValueError):  # a foreign entry
-                body = checked_entry(body, self.max_entry_bytes)
-                self.history.append(offset, with_offset(body, offset))
-        self.flushed = self.history.last
-        self.board.touch()
-        for client in self.all_clients():
-            client.deliver(HISTORY_GAP, None)
-
-    def _flush_soon(self, first: int, turns: int) -> None:
-        """Flush after some turns of the loop: what is about to be broadcast leaves with it.
-
-        first: the number of the oldest broadcast that waits, unless others have flushed it.
-        """
-        if self.broadcasts - len(self._pending) + 1 != first:
-            return
-        if turns and self.loop is not None:
-            self.loop.call_soon(self._flush_soon, first, turns - 1)
-        else:
-            self.flush_broadcasts()
-
-    def flush_broadcasts(self) -> None:
-        """Write what was broadcast in this iteration of the loop: one write a client."""
-        pending, self._pending = self._pending, []
-        self._pending_bytes = 0
-        if not pending:
-            return
-        self.flushed = pending[-1][0]
-        self.board.forget_answer()
-        self._write(b"".join([frame_text(envelope) for _, envelope in pending]), self.raw)
-        recovers = self.recovers
-        for namespace, clients in self.sockets.items():
-            if clients:
-                head = b"42" + encode_namespace(namespace) + b'["rpc_response",'
-                frames = [
-                    frame_text(encode_broadcast(head, envelope, offset if recovers else None))
-                    for offset, envelope in pending
-                ]
-                self._write(b"".join(frames), clients)
-        self.deliveries += len(pending) * self.count_clients()
-
-    def _write(self, frames: bytes, members: Mapping[str, Client]) -> None:
-        # A list, not the view: a slow client is dropped while we iterate.
-        write_all([*map(_connection_of, members.values())], frames)
-
-    @property
-    def recovers(self) -> bool:
-        """Do Socket.IO clients get offsets and connection state recovery?"""
-        return self.config.recovery and self.config.history_messages > 0
-
     # Status.
 
     def status(self) -> dict[str, Any]:
@@ -480,6 +369,9 @@ class WebSocketManager(ServedHub):
         """The answer to `get_status` up to its id, with the offset that it is current as of."""
         node = None if self.backplane is None else self.node
         return self.board.encode_answer(self.flushed, node)
+
+    def offset_changed(self) -> None:
+        self.board.forget_answer()
 
     def _status_touched(self) -> None:
         self.board.touch()
@@ -602,9 +494,6 @@ class WebSocketManager(ServedHub):
     def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
         self.leaving -= 1
         client.connection.count_leaving(-1)
-
-
-_connection_of = attrgetter("connection")
 
 
 def _function_of(method: Any) -> Any:

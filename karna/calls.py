@@ -20,7 +20,8 @@ from orjson import dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
-from karna.connection import HOLD_CALLS, Connection, Phase
+from karna.connection import Connection
+from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
 from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain

@@ -19,7 +19,8 @@ from http import HTTPStatus
 from typing import Any
 
 from karna.calls import Client, Request
-from karna.connection import HOLD_ANSWER, NEVER, SLOWEST_READER_BYTES_S, Connection, Door, Phase
+from karna.connection import SLOWEST_READER_BYTES_S, Connection
+from karna.door import HOLD_ANSWER, NEVER, Door, Phase
 from karna.envelopes import INTERNAL_ERROR, encode_error
 from karna.errors import HTTP_STATUS, InvalidRequest, RequestError, explain
 from karna.head import MAX_HEAD_BYTES, ChunkedBody, Head, body_too_large, check_partial_head

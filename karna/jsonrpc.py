@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from orjson import dumps
 
 from karna.calls import Client, Request
-from karna.connection import HOLD_BATCH, MAX_MESSAGES
+from karna.connection import MAX_MESSAGES
+from karna.door import HOLD_BATCH
 from karna.envelopes import encode_json
 
 MAX_BATCH = 256  # requests in one message

@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from websockets.frames import CloseCode
 
-from karna.calls import Client, CommandHub
+from karna.broadcasts import BroadcastHub
 from karna.config import Config
-from karna.connection import Connection, Phase
+from karna.connection import Connection
+from karna.door import Phase
 from karna.errors import StartError
 from karna.http import Exchange
 from karna.listen import Listener, fit_descriptors
@@ -33,11 +33,10 @@ CANCEL_S = 5.0  # for cancelled commands to clean up; work.CANCEL_WAIT_S is insi
 BACKPLANE_S = 2.0  # to load history from Redis before the first client is let in
 
 
-class ServedHub(CommandHub):
+class ServedHub(BroadcastHub):
     """What the server needs of the manager at the top."""
 
     services: dict[str, Service]
-    backplane: RedisBackplane | None
 
     def configure(self, config: Config) -> None:
         """Take new options."""
@@ -49,18 +48,6 @@ class ServedHub(CommandHub):
 
     def begin_draining(self) -> None:
         """Start no command any more; answer what runs."""
-        raise NotImplementedError
-
-    def flush_broadcasts(self) -> None:
-        """Write what was broadcast in this turn of the loop."""
-        raise NotImplementedError
-
-    def count_clients(self) -> int:
-        """Clients that a broadcast goes to."""
-        raise NotImplementedError
-
-    def all_clients(self) -> Sequence[Client]:
-        """Every client that broadcasts go to."""
         raise NotImplementedError
 
 

@@ -20,7 +20,8 @@ from orjson import dumps
 from websockets.frames import CloseCode
 
 from karna.calls import Client, Request
-from karna.connection import HOLD_CONNECT, Connection, Door
+from karna.connection import Connection
+from karna.door import HOLD_CONNECT, Door
 from karna.envelopes import encode_json
 from karna.errors import BadPacket, RequestError
 from karna.frames import ENGINE_PING_FRAME, frame_binary, frame_text

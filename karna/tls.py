@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from karna.config import Config
-from karna.connection import NEVER, Connection, peer_address
+from karna.connection import Connection, peer_address
+from karna.door import NEVER
 from karna.errors import StartError
 from karna.hub import Hub
 

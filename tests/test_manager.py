@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 import karna_ws
-from karna.connection import HOLD_CONNECT
+from karna.door import HOLD_CONNECT
 from karna_ws import Client, FLUSH_BROADCAST_BYTES, Server, WebSocketManager
 from services import CommandProcessor, Service
 from support import EXECUTE, Lamp, Raw, Sio, execute, needs, offsets, served, until

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from karna.connection import HOLD_CALLS
+from karna.door import HOLD_CALLS
 from karna.errors import StartError
 from karna_ws import Client, WebSocketManager, serving
 from services import Service
