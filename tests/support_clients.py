@@ -220,6 +220,11 @@ class Wire:
         """Swallow what passes over the connections of now, and keep them open: a dead peer."""
         self._frozen |= self._writers
 
+    @property
+    def connections_made(self) -> int:
+        """To the server, since the beginning."""
+        return len(self._writers) // 2
+
     async def carries(self, count: int) -> None:
         """Wait until exactly so many connections are open."""
         async with asyncio.timeout(DEADLINE_S), self._changed:

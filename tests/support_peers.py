@@ -371,7 +371,7 @@ RAISED: dict[str, Callable[[], BaseException]] = {
     "long": lambda: ValueError("x" * 100_000),
     "group": lambda: ExceptionGroup("group", [ValueError("inner")]),
     "timeout": lambda: TimeoutError("its own"),
-    "refused": lambda: RequestError("forbidden", "its own refusal"),
+    "refused": lambda: RequestError("its own refusal", code="forbidden"),
     "packet": lambda: BadPacket("its own"),
     "unicode": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "its own"),
     "closed": lambda: ConnectionResetError("its own"),

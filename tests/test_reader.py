@@ -172,7 +172,7 @@ async def test_idle_server_with_closed_and_half_closed_peers_rests() -> None:
             assert (await peer.frame()).opcode == 8
             gone.writer.transport.abort()
             await until(lambda: len(manager.raw) == 1)
-            [client] = manager.raw
+            [client] = manager.raw.values()
             client.connection.hold(HOLD_CALLS)
             await held.send(frame(1, b"{}"))
             held.writer.write_eof()
