@@ -161,10 +161,10 @@ class SocketIoDoor(SocketIoSession):
             if not token_matches(manager.config.token, auth.get("token")):
                 manager.metrics.refusals["token"] += 1
                 return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
-            if manager.is_full:
-                return self.refuse(namespace, FULL_TEXT, code="unavailable")
-            self.is_authorized = True
-            manager.seat(self.connection)
+            if self.connection not in manager.seats:
+                if manager.is_full:
+                    return self.refuse(namespace, FULL_TEXT, code="unavailable")
+                manager.seat(self.connection)
         client = self.clients[namespace] = SocketIoClient(self, namespace, auth)
         manager.admit(client)
 
@@ -683,7 +683,7 @@ def _not_found() -> RequestError:
 def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
     """Answer a WebSocket handshake and open the door it asked for."""
     connection, head = exchange.connection, exchange.head
-    if head.body_bytes:
+    if head.has_body:
         raise InvalidRequest("a WebSocket handshake has no body")
     is_engine = "EIO" in head.query
     if is_engine:
