@@ -466,15 +466,14 @@ class WebSocketManager(ServedHub):
 
     def _add(self, client: RawClient | SocketIoClient) -> None:
         members = self._members(client)
-        before = members.get(client.id)
+        before: Client | None = members.get(client.id)
+        if before is not None:  # its own connection, which we did not know to be dead: it leaves
+            before.connection.close(
+                CloseCode.POLICY_VIOLATION, "the client came back by another connection"
+            )
         members[client.id] = client
         if isinstance(client, SocketIoClient):
             client.session.connect_deadline = NEVER
-            if before is not None:  # its own connection, which we did not know to be dead
-                members_before = cast(SocketIoClient, before)
-                members_before.connection.close(
-                    CloseCode.POLICY_VIOLATION, "the client came back by another connection"
-                )
 
     def leave(self, client: Client, reason: str) -> None:
         """A client is gone; its disconnect handler runs if it was let in at all."""

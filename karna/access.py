@@ -77,7 +77,8 @@ def check_origin(config: Config, head: Head) -> str | None:
     """The allowed origin that asks, None when it is no browser. Raises RequestError."""
     origin = head.headers.get("origin")
     if origin is None:
-        if head.method == "POST" and head.headers.get("sec-fetch-site") == "cross-site":
+        # In, not equal: one that comes twice is no less cross-site.
+        if head.method == "POST" and "cross-site" in head.headers.get("sec-fetch-site", ""):
             raise Forbidden("cross-site request without an allowed Origin")
         return None
     if "origin" in head.repeated:

@@ -380,6 +380,16 @@ async def data_of(ws: ClientConnection, wanted: str, test: Any = None) -> Any:
                 return message["data"]
 
 
+def copy_server(folder: Path, *more: str) -> None:
+    """Put into the folder what one copies to have the server, and `more` of the project."""
+    for name in ("karna_ws.py", "services.py", "karna", *more):
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder)
+
+
 @contextlib.asynccontextmanager
 async def program(*words: str, ready: str, **options: Any) -> AsyncIterator[re.Match[str]]:
     """Run a program until a line of its output matches `ready`; stop it at the end."""

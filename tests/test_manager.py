@@ -301,6 +301,7 @@ async def test_broadcasts_of_the_next_turns_leave_together_when_clients_are_many
 
 async def test_broadcast_just_before_the_end_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("karna.broadcasts.CLIENTS_A_TURN", 1)  # a flush waits as with many clients
+    monkeypatch.setattr("karna.server.SHUTDOWN_CLOSE_S", 0.3)  # the peers leave their sockets open
     manager = WebSocketManager()
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(served(manager))

@@ -229,3 +229,15 @@ async def test_program_refuses_what_cannot_be_passed_or_started(tmp_path: Any) -
     for name, path in [("nothing-of-this-name", None), ("x", str(tmp_path / "none"))]:
         with pytest.raises(ValueError, match="no program"):
             commands.allow_program(name, path)
+
+
+async def test_what_a_program_prints_late_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The wait is for pipes that others hold once it has ended. 0.0 starts; 0.05 the wait would be
+    # over; 0.3 prints. Both streams; the program's own child holds them, too, while it runs.
+    monkeypatch.setattr("karna.programs.PIPE_WAIT_S", 0.05)
+    seen: list[Any] = []
+    script = "echo early; sleep 0.3; echo late; echo late >&2; (sleep 0.02; echo child) & exit 0"
+    result = await shell(script, progress=seen.append)
+    assert result["exit_code"] == 0 and "signal" not in result
+    assert sorted(result["output"].split()) == ["child", "early", "late", "late"]
+    assert [each["line"] for each in seen][0] == "early" and len(seen) == 4
