@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from karna.connection import HOLD_CALLS
+from karna.door import HOLD_CALLS
 from karna_ws import Client, WebSocketManager
 from services import CommandProcessor
 from support import (

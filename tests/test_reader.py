@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from karna.connection import HOLD_CALLS
+from karna.door import HOLD_CALLS
 from karna.errors import StartError
 from karna.reader import Turns
 from karna_ws import Client, WebSocketManager, serving
