@@ -519,7 +519,8 @@ async def test_unsent_limit_is_not_met_by_a_replay_alone() -> None:
             assert [(await peer.json())["data"][0] for _ in range(100)] == list(range(100))
 
 
-async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it() -> None:
+@pytest.mark.parametrize("door", ["raw", "socket.io"])
+async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it(door: str) -> None:
     count = 120_000
     manager = WebSocketManager()
     options = {"history_messages": count, "history_bytes": 2**27, "max_unsent_bytes": 1024}
@@ -528,17 +529,66 @@ async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it() 
         for number in range(count):
             manager.broadcast("n", number)
         manager.flush_broadcasts()
-        async with lazy(server.port, ENGINE) as peer:
-            await peer.frame()
+        path = ENGINE if door == "socket.io" else f"/ws?since={start}"
+        async with lazy(server.port, path) as peer:
+            if door == "socket.io":
+                await peer.frame()
+                auth = json.dumps({"pid": "p", "offset": start}).encode()
+                await peer.send(frame(1, b"40/ws," + auth))
             peer.writer.transport.pause_reading()
-            auth = json.dumps({"pid": "p", "offset": start}).encode()
-            await peer.send(frame(1, b"40/ws," + auth))
             [connection] = manager.connections
             await until(lambda: not connection.is_writable)
             peer.writer.transport.resume_reading()
             for number in range(count):
                 received = await peer.frame()
                 assert received.opcode == 1 and b'"data":%d,' % number in received.payload
+
+
+@pytest.mark.parametrize("is_gap", [False, True], ids=["recovered", "gap"])
+async def test_client_that_comes_back_takes_the_place_of_its_other_connection(
+    is_gap: bool,
+) -> None:
+    """Else one client that we did not know to be dead would be there twice."""
+    manager = WebSocketManager()
+    told: list[tuple[str, str, str]] = []
+
+    @manager.on("connect")
+    async def connect(client: Client, auth: Any) -> None:
+        told.append(("connect", client.namespace, client.id))
+
+    @manager.on("disconnect")
+    async def disconnect(client: Client, reason: str) -> None:
+        told.append(("disconnect", client.namespace, client.id))
+
+    async with served(manager) as server:
+        async with Sio.open(server) as old, Sio.open(server) as new:
+            first = await old.join("/ws")
+            other = await old.join("/")
+            manager.broadcast("number", 1)
+            offset = manager.history.last
+            manager.broadcast("number", 2)
+            auth = {"pid": first["pid"], "offset": "1-1" if is_gap else offset}
+            await new.send("40/ws," + json.dumps(auth))
+            if not is_gap:
+                assert (await new.packet("42/ws,"))[1]["data"] == 2
+            answer = await new.packet("40/ws,")
+            assert answer["sid"] == first["sid"]
+            assert (answer["pid"] == first["pid"]) != is_gap
+            code, reason = await old.closed()
+            assert code == 1008 and "another connection" in reason
+            assert manager.count_clients() == 1
+            await until(lambda: len(manager.connections) == 1)
+            assert manager.broadcast("number", 3) == 1, "the end of the old one is not its end"
+            assert (await new.packet("42/ws,"))[1]["data"] == 3
+            await until(lambda: len(told) == 5)
+            assert sorted(told) == sorted([
+                ("connect", "/ws", first["sid"]), ("connect", "/", other["sid"]),
+                ("connect", "/ws", first["sid"]), ("disconnect", "/ws", first["sid"]),
+                ("disconnect", "/", other["sid"]),
+            ])  # fmt: skip
+        await until(lambda: len(told) == 6)
+        assert told[-1] == ("disconnect", "/ws", first["sid"])
+        assert manager.count_clients() == 0
 
 
 class Reader:
