@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import socket
 import struct
 import time
+from base64 import b64encode
+from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+import karna.page
 import karna_ws
 from karna.door import HOLD_ANSWER
 from karna.errors import InvalidRequest
@@ -680,3 +684,20 @@ async def test_handshake_that_fails_late_is_not_answered_in_the_websocket() -> N
     manager.admit = admit  # type: ignore[method-assign]
     async with served(manager, logs_errors=True) as server, raw(server.port) as peer:
         await peer.sync()  # a frame comes next, no HTTP
+
+
+async def test_page_is_back_as_soon_as_its_file_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("karna.page.PAGE", tmp_path / "console.html")
+    karna.page._read_page.cache_clear()
+    try:
+        async with served() as server:
+            assert (await http(server, "GET", "/"))[1]["name"] == "karna-ws"
+            karna.page.PAGE.write_text("<script>1</script><style>b{}</style>")
+            answer = await ask(server.port, head("GET", "/"))
+            assert answer.body == b"<script>1</script><style>b{}</style>"
+            digest = b64encode(hashlib.sha256(b"1").digest()).decode()
+            assert f"script-src 'sha256-{digest}'" in answer.headers["content-security-policy"]
+    finally:
+        karna.page._read_page.cache_clear()
