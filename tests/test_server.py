@@ -30,6 +30,7 @@ from support import (
     execute,
     needs,
     served,
+    settled,
     until,
 )
 from support_peers import (
@@ -470,21 +471,18 @@ async def test_flood_of_hostile_connections_leaves_the_log_short_and_the_server_
 async def test_server_in_a_thread_leaves_signals_to_the_program() -> None:
     manager = WebSocketManager()
     before = signal.getsignal(signal.SIGTERM)
-    ports: list[int] = []
 
     async def run() -> None:
-        serving_ = asyncio.create_task(serve(manager, port=0))
-        async with serving(WebSocketManager(), port=0) as server:
-            ports.append(server.port)
-            while manager.loop is None:
-                await asyncio.sleep(0.001)
-            assert signal.getsignal(signal.SIGTERM) is before
-        serving_.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving_
+        running = asyncio.create_task(serve(manager, port=0))
+        await until(lambda: manager.loop is not None)
+        await settled(manager)
+        assert not manager.is_draining and not running.done()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
 
     await asyncio.to_thread(asyncio.run, run())
-    assert ports and manager.loop is None and signal.getsignal(signal.SIGTERM) is before
+    assert manager.loop is None and signal.getsignal(signal.SIGTERM) is before
 
 
 async def test_start_that_is_cancelled_leaves_nothing_behind(
