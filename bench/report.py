@@ -148,7 +148,7 @@ def work_rows(work: str, result: Result) -> list[list[str]]:
     karna = median_of(work, "karna", result)
     for name in names:
         ratio = f"{summaries[name]['median'] / karna:.2f}" if karna else ""
-        others = samples.get(before_of(name), [])
+        others = [] if name == before_of(name) else samples.get(before_of(name), [])
         before = [paired_ratio(samples[name], others, each) for each in (value_of, cost_of)]
         details = sample_cells(samples[name]) + own_cells(samples[name], own)
         rows.append([name, spread(summaries[name]), ratio, *before, *details])
@@ -192,7 +192,8 @@ def aligned(rows: list[list[str]]) -> str:
 
 def goals_rows(result: Result) -> list[list[str]]:
     known = ("karna", "karna-uvloop", "karna-module")
-    servers = [name for name in known if name not in result["skipped"]]
+    measured = {name for summaries in result["summaries"].values() for name in summaries}
+    servers = [name for name in known if name in measured]
     rows = [["work", "wanted", *servers]]
     for goal in GOALS:
         values = [goal_value(goal, server, result) for server in servers]
