@@ -81,7 +81,7 @@ class ErrorLog(logging.Handler):
 def error_log(*, expected: bool = False) -> Iterator[ErrorLog]:
     """While the block runs no error may be logged; or, if expected, at least one must be."""
     handler = ErrorLog()
-    loggers = [logging.getLogger(name) for name in ("karna_ws", "karna.services", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("karna_ws", "asyncio")]
     for logger in loggers:
         logger.addHandler(handler)
     try:

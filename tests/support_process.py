@@ -65,8 +65,8 @@ ENVIRONMENT = {
 # Commands that a test needs beyond the built-in ones, and which limits the child has.
 CHILD = """
 import asyncio, sys
-import karna_ws, services
-services.CANCEL_WAIT_S = 0.5
+import karna.work, karna_ws
+karna.work.CANCEL_WAIT_S = 0.5
 make_manager = karna_ws.make_manager
 
 def make(arguments):

@@ -271,7 +271,8 @@ async def test_redis_that_refuses_entries_is_logged_rarely(
         redis.call("CONFIG", "SET", "maxmemory", 0)
         await say(a, "end")
         assert await follower.until("end") == ["end"]
-        assert len([r for r in caplog.records if "not accepted" in r.getMessage()]) == 1
+        told = [r for r in caplog.records if "not accepted" in r.getMessage()]
+        assert 1 <= len(told) <= 5  # of 30: as any kind of line
 
 
 async def test_backplane_recovers_from_what_a_late_monitor_says(redis: RedisServer) -> None:

@@ -385,7 +385,7 @@ async def test_handler_that_raises_is_logged_with_traceback_at_debug_only(
     commands = processor(fails)
     for level, expected in [(logging.INFO, 0), (logging.DEBUG, 1)]:
         caplog.clear()
-        caplog.set_level(level, "karna.services")
+        caplog.set_level(level, "karna_ws")
         with pytest.raises(CommandFailed):
             await run_line(commands, "fails")
         assert caplog.text.count("Traceback") == expected

@@ -22,7 +22,7 @@ from support_process import process, run_to_end
 
 def parsed(*arguments: str) -> Config:
     """The Config that these flags and the present environment make."""
-    found = vars(make_parser().parse_args(arguments))
+    found = vars(make_parser("1.0.0").parse_args(arguments))
     return make_config({name: found[name] for name in Config.__dataclass_fields__})
 
 
@@ -143,7 +143,7 @@ def test_misspelt_variable_is_reported_with_what_it_may_mean() -> None:
              "KARNA_LOG_LEVEL", "KARNA_VISION_KEY", "KARNA_RECOVERY", "KARNA_MAX_UNSENT"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(karna_ws.log, "warning", lambda text, *values: logged.append(values))
-        warn_of_misspelt(names, vars(make_parser().parse_args([])))
+        warn_of_misspelt(names, vars(make_parser("1.0.0").parse_args([])))
     assert logged == [("KARNA_PROT", "KARNA_PORT"), ("KARNA_MAX_CLIENT", "KARNA_MAX_CLIENTS")]
 
 

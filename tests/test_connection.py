@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 from typing import Any
@@ -16,7 +17,16 @@ from karna.connection import HOLD_CALLS, HOLD_WRITES
 from karna_ws import Client, WebSocketManager
 from services import Command
 from support import Gate, execute, served, until
-from support_peers import ENGINE, close_frame, engine, frame, lazy, raw
+from support_peers import (
+    ENGINE,
+    EchoManager,
+    close_frame,
+    engine,
+    frame,
+    in_fragments,
+    lazy,
+    raw,
+)
 
 
 async def test_message_limit_needs_no_more_than_the_frame_head_to_be_enforced() -> None:
@@ -113,7 +123,7 @@ async def test_peer_that_ignores_the_close_is_cut(reads: bool) -> None:
     ):
         if not reads:
             peer.writer.transport.pause_reading()
-        (client,) = manager.raw
+        (client,) = manager.raw.values()
         began = time.monotonic()
         await client.disconnect("enough")
         await until(lambda: not manager.connections)
@@ -130,7 +140,7 @@ async def test_burst_of_one_turn_leaves_a_stuck_reader_no_more_than_its_limit(th
         async with lazy(server.port) as stuck:
             stuck.writer.transport.pause_reading()
             [connection] = manager.connections
-            [client] = manager.raw
+            [client] = manager.raw.values()
             most = 0
             for _ in range(300):
                 if through == "broadcast":
@@ -154,7 +164,7 @@ async def test_long_answer_is_no_sign_of_a_slow_client(inline: bool) -> None:
     manager.commands.add(Command((lambda size: "x" * int(size)) if inline else later,
                                  name="long", inline=inline))  # fmt: skip
     async with served(manager) as server, lazy(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
         peer.writer.transport.pause_reading()
         await peer.send_json(execute("long 12000000", 1))
         await until(lambda: not client.connection.is_writable)
@@ -168,7 +178,7 @@ async def test_long_answer_is_no_sign_of_a_slow_client(inline: bool) -> None:
 async def test_what_leaves_behind_other_frames_is_counted_once() -> None:
     manager = WebSocketManager()
     async with served(manager) as server, raw(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
 
         def counters() -> tuple[int, int]:
             return manager.bytes_out, manager.messages_out + manager.deliveries
@@ -198,7 +208,7 @@ async def test_stream_stays_whole_when_writes_are_cut_anywhere() -> None:
 
     options = {"max_unsent_bytes": 2**30}
     async with served(manager, **options) as server, lazy(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
         peer.writer.transport.pause_reading()
         task = asyncio.create_task(talk(client))
         for number in range(60):
@@ -222,7 +232,7 @@ async def test_stream_stays_whole_when_writes_are_cut_anywhere() -> None:
 async def test_client_that_takes_what_is_written_lives_without_a_word() -> None:
     manager = WebSocketManager()
     async with served(manager) as server, lazy(server.port) as peer:
-        [client] = manager.raw
+        [client] = manager.raw.values()
         connection = client.connection
         peer.writer.transport.pause_reading()
         count = 0
@@ -272,3 +282,21 @@ def test_library_has_the_private_names_we_use() -> None:
                  "open_timeout", "close_timeout"):  # fmt: skip
         need(name in parameters, f"serve({name}=)")
     assert not missing, f"websockets {websockets.__version__} has changed: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("limit", [128, 1000, 70_000])
+async def test_message_limit_is_exact_for_frames_and_fragments(limit: int) -> None:
+    async with served(EchoManager(), max_message_bytes=limit) as server:
+        async with raw(server.port) as peer:
+            for size in (0, limit - 1, limit):
+                for opcode in (1, 2):
+                    for count in (1, 2, 7):
+                        await peer.send(in_fragments(opcode, b"x" * size, count))
+                        assert await peer.frame() == (opcode, b"x" * size)
+        for opcode, count in itertools.product((1, 2), (1, 2, 7)):
+            async with raw(server.port) as peer:
+                data = in_fragments(opcode, b"x" * (limit + 1), count)
+                await peer.send(frame(1, b"before") + data)
+                assert await peer.frame() == (1, b"before")
+                closed = await peer.closed()
+                assert closed.code == 1009 and str(limit) in closed.reason

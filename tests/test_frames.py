@@ -204,7 +204,7 @@ async def test_stream_that_ends_anywhere_leaves_nothing_behind() -> None:
             async with dial(server.port) as peer:
                 await peer.send(data[:cut])  # and is reset
         await until(lambda: not server.manager.connections)
-        assert not server.manager.raw and not server.manager.tasks
+        assert not server.manager.raw and not server.manager.tasks.running
 
 
 async def test_message_one_byte_at_a_time_is_read_the_same() -> None:
@@ -219,7 +219,7 @@ async def test_partial_message_is_looked_at_once_not_with_every_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks = 0
-    take, collect = Connection.take, Connection._collect
+    take, collect = Connection.take, Connection._take_other
 
     def count_looks(connection: Connection, data: bytes) -> None:
         nonlocal looks
@@ -232,7 +232,7 @@ async def test_partial_message_is_looked_at_once_not_with_every_piece(
         collect(connection, data)
 
     monkeypatch.setattr(Connection, "take", count_looks)
-    monkeypatch.setattr(Connection, "_collect", discount)
+    monkeypatch.setattr(Connection, "_take_other", discount)
     payload = b"x" * 1_000_000
     async with served(EchoManager()) as server, raw(server.port) as peer:
         for data in (frame(1, payload), in_fragments(2, payload, 2)):

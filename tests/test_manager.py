@@ -39,7 +39,7 @@ async def test_connect_handler_that_waits_holds_the_client_back() -> None:
         async with Raw.open(server) as raw, Sio.open(server) as client:
             await raw.send(execute("echo held", id=1))
             await client.send("40/ws,")
-            await until(lambda: len(manager.tasks) == 2)
+            await until(lambda: len(manager.commands.tasks.running) == 2)
             deciding.set()
             assert (await raw.final(1))["data"]["result"] == "held"
             assert "sid" in await client.packet("40/ws,")
@@ -49,7 +49,7 @@ async def test_connect_handler_that_waits_holds_the_client_back() -> None:
             assert await client.closed() == (1002, "event before connect")
         await until(lambda: not manager.sessions)
         deciding.set()
-        await until(lambda: not manager.tasks)
+        await until(lambda: not manager.commands.tasks.running)
         assert manager.count_clients() == 0, "a client that left while it waited never joins"
 
 
@@ -69,7 +69,7 @@ async def test_connect_handlers_of_a_client_that_joins_and_leaves_do_not_pile_up
         await client.send("41/ws,", "40/ws,")
         (connection,) = manager.connections
         await until(lambda: connection._holds & HOLD_CONNECT)
-        assert len(manager.tasks) == 1, "it is not read until the first handler has decided"
+        assert len(manager.commands.tasks.running) == 1, "it is not read until the first handler has decided"
         deciding.set()
         assert "sid" in await client.packet("40/ws,")
         assert (started, connection._holds) == (2, 0)
@@ -301,6 +301,7 @@ async def test_broadcasts_of_the_next_turns_leave_together_when_clients_are_many
 
 async def test_broadcast_just_before_the_end_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)  # a flush waits as with many clients
+    monkeypatch.setattr("karna.server.SHUTDOWN_CLOSE_S", 0.3)  # the peers leave their sockets open
     manager = WebSocketManager()
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(served(manager))
@@ -379,17 +380,17 @@ async def test_raw_client_may_come_back_to_the_offset_of_its_status() -> None:
 
 async def test_broadcast_that_waits_for_its_flush_reaches_a_client_that_joins_once() -> None:
     manager = WebSocketManager()
-    join = manager.join_raw
+    admit = manager.admit
 
-    def join_after_a_broadcast(client: Any, since: str | None) -> None:
+    def admit_after_a_broadcast(client: Any) -> None:
         manager.broadcast("number", 2)
-        join(client, since)
+        admit(client)
         manager.broadcast("number", 3)
 
     async with served(manager) as server:
         start = manager.history.last
         manager.broadcast("number", 1)
-        manager.join_raw = join_after_a_broadcast  # type: ignore[method-assign]
+        manager.admit = admit_after_a_broadcast  # type: ignore[method-assign]
         async with Raw.open(server, f"/ws?since={start}") as client:
             assert [each["data"] for each in await client.received()] == [1, 2, 3]
         async with Raw.open(server) as client:
@@ -619,18 +620,18 @@ class RecoveryModel:
 
     async def recover(self, reader: Reader, at_the_same_time: int) -> None:
         """Come back, while broadcasts still wait for their flush: they are missed ones too."""
-        joins = self.manager.join_raw if reader.door == "raw" else self.manager._join_socket
+        admit = self.manager.admit
 
-        def join(*args: Any) -> None:
+        def admit_at_the_same_time(client: Any) -> None:
             for _ in range(at_the_same_time):
                 self.broadcast(0)
             missed = self.missed_since(reader.offset)
             reader.expected += [GAP] if missed is None else missed
             self.gaps += missed is None
             self.recoveries += missed is not None
-            joins(*args)
+            admit(client)
 
-        setattr(self.manager, joins.__name__, join)
+        self.manager.admit = admit_at_the_same_time  # type: ignore[method-assign]
         if reader.door == "raw":
             path = f"/ws?since={reader.offset}"
             raw = await reader.leave.enter_async_context(Raw.open(self.server, path))
@@ -647,12 +648,12 @@ class RecoveryModel:
             while not (frame := await client.next()).startswith("40/ws,"):
                 self._take_event(reader, frame)
             answer = json.loads(frame.removeprefix("40/ws,"))
-            if answer["sid"] != reader.sid:
+            assert answer["sid"] == reader.sid
+            if answer["pid"] != reader.pid:  # what its own client takes for not recovered
                 reader.seen.append(GAP)
                 self._begin(reader, answer)
-            assert (answer["sid"], answer["pid"]) == (reader.sid, reader.pid)
             reader.client = client
-        setattr(self.manager, joins.__name__, joins)
+        self.manager.admit = admit  # type: ignore[method-assign]
 
     def _begin(self, reader: Reader, answer: dict[str, Any]) -> None:
         reader.sid, reader.pid = answer["sid"], answer["pid"]
@@ -786,3 +787,14 @@ async def test_program_may_replace_services_and_add_its_own() -> None:
         assert answer["data"]["code"] == "unknown_command", "it went with the service"
     assert eyes.calls == ["start", "stop"]
     assert lamp.state == "stopped"
+
+
+async def test_message_handler_that_fails_answers_an_internal_error() -> None:
+    class Broken(WebSocketManager):
+        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> Any:
+            raise LookupError("bug")
+
+    async with served(Broken(), logs_errors=True) as server, Raw.open(server) as client:
+        for _ in range(2):
+            await client.send("x")
+            assert (await client.next())["data"]["code"] == "internal_error"

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-import services
 from karna.errors import CommandTimeout
 from karna.programs import (
     MAX_LINE_CHARS,
     MAX_OUTPUT_CHARS,
     MAX_UNREAD_BYTES,
+    TERM_WAIT_S,
     ProgramOutput,
+    ProgramWatch,
     run_program,
 )
 from services import CommandProcessor, Context, Unavailable, UsageError
@@ -124,7 +125,7 @@ async def test_program_is_not_read_while_client_does_not_and_loses_nothing(
     watches: list[Any] = []
     gate, count = asyncio.Event(), 0
 
-    class Watch(services.ProgramWatch):
+    class Watch(ProgramWatch):
         def __init__(self) -> None:
             super().__init__()
             watches.append(self)
@@ -152,7 +153,7 @@ async def test_program_blocked_in_writing_is_ended_by_term_alone() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert time.monotonic() - began < services.TERM_WAIT_S
+    assert time.monotonic() - began < TERM_WAIT_S
 
 
 async def test_program_is_killed_when_its_ending_is_cancelled() -> None:

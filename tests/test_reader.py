@@ -153,7 +153,7 @@ async def test_server_without_descriptors_for_its_reader_does_not_start(
 
     manager = WebSocketManager()
     with monkeypatch.context() as patch:
-        patch.setattr("karna.hub.EpollReader", refuse, raising=False)
+        patch.setattr(select, "epoll", refuse, raising=False)
         with pytest.raises(StartError, match="can't watch sockets: Too many open files"):
             async with serving(manager, port=0):
                 pass
@@ -172,7 +172,7 @@ async def test_idle_server_with_closed_and_half_closed_peers_rests() -> None:
             assert (await peer.frame()).opcode == 8
             gone.writer.transport.abort()
             await until(lambda: len(manager.raw) == 1)
-            [client] = manager.raw
+            [client] = manager.raw.values()
             client.connection.hold(HOLD_CALLS)
             await held.send(frame(1, b"{}"))
             held.writer.write_eof()

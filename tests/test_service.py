@@ -245,8 +245,8 @@ async def test_monitor_leaves_state_to_service_that_checks_nothing() -> None:
     async with monitoring(service) as monitor:
         assert await changed.get() == "running"
         service.set_state("failed", "its link broke")
-        assert monitor._task is not None
-        await monitor._task  # it has nothing left to watch
+        [watching] = monitor._watching
+        await watching  # it has nothing left to watch
         assert service.state == "failed"
 
 
