@@ -80,13 +80,13 @@ def finish(process: subprocess.Popen[str], timeout_s: float) -> Figures:
 
 
 @contextlib.contextmanager
-def flooded(process: Process, names: list[str], sockets: int, core: int | None) -> Iterator[Units]:
+def flooded(port: int, names: list[str], sockets: int, core: int | None) -> Iterator[Units]:
     """Floods for the time of the block; afterwards `Units` tells how much was taken."""
     taken: Units = {}
     if not names:
         yield taken
         return
-    command = floods.command(names, process.port, sockets)
+    command = floods.command(names, port, sockets)
     flooding = start_in_core(core, command, stdin=subprocess.PIPE)
     try:
         yield taken
@@ -107,7 +107,7 @@ def measure(case: Case, seconds: float) -> Figures:
     names = [case.flood] if case.flood else []
     try:
         memory_kib, began = process.resident_kib(), time.monotonic()
-        with flooded(process, names, case.sockets, load_core) as taken:
+        with flooded(process.port, names, case.sockets, load_core) as taken:
             time.sleep(BEFORE_S)
             figures = watch(process.port, seconds, load_core)
             grown_kib = process.resident_kib() - memory_kib

@@ -61,12 +61,12 @@ def c_peer(port: int) -> list[str]:
     return [str(compiled(PEERS / "c_epoll.c")), str(port)]
 
 
-def karna(loop: str, karna_ws: Path) -> Callable[[int], list[str]]:
+def karna(loop: str, karna_ws: Path, *more: str) -> Callable[[int], list[str]]:
     def command(port: int) -> list[str]:
         if not karna_ws.exists():
             raise Skipped(f"{karna_ws} does not exist")
         options = ["--port", str(port), "--max-clients", str(MAX_CLIENTS), "--loop", loop]
-        return [sys.executable, str(karna_ws), *options]
+        return [sys.executable, str(karna_ws), *options, *more]
 
     return command
 
@@ -284,12 +284,12 @@ class Process:
             if self.cpu_s() - before <= 0.01:
                 return
 
-    def stop(self) -> int:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Ask it to end, insist after a while; returns its exit code."""
         if self.is_running():
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(STOP_TIMEOUT_S)
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
