@@ -121,6 +121,15 @@ def cost_of(sample: Sample) -> float:
     return float(sample.get("server_cpu", 0.0) * 1e6 / max(sample["value"], 1))
 
 
+def cost_ratio(goal: Goal, server: str, result: Result) -> float | None:
+    """The ratio of a goal by processor time: as if each server had its core for itself."""
+    samples = result["samples"]
+    own = samples.get(goal.work, {}).get(server, [])
+    other = samples.get(goal.base or goal.work, {}).get(goal.peer or server, [])
+    costs = [median(map(cost_of, each)) for each in (own, other) if each]
+    return costs[1] / costs[0] if len(costs) == 2 and all(costs) else None
+
+
 def is_reached(goal: Goal, value: float) -> bool:
     more = next(work.better for work in WORKS if work.name == goal.work) == "more"
     return value >= goal.bound if more else value <= goal.bound
@@ -194,9 +203,10 @@ def goals_rows(result: Result) -> list[list[str]]:
     known = ("karna", "karna-uvloop", "karna-module")
     measured = {name for summaries in result["summaries"].values() for name in summaries}
     servers = [name for name in known if name in measured]
-    rows = [["work", "wanted", *servers]]
+    rows = [["work", "wanted", *servers, "karna, by cpu"]]
     for goal in GOALS:
         values = [goal_value(goal, server, result) for server in servers]
+        by_cpu = cost_ratio(goal, "karna", result) if goal.peer or goal.base else None
         if all(value is None for value in values):
             continue
         work = next(each for each in WORKS if each.name == goal.work)
@@ -207,7 +217,8 @@ def goals_rows(result: Result) -> list[list[str]]:
             "" if v is None else number(v) + ("" if is_reached(goal, v) else " (no)")
             for v in values
         ]
-        rows.append([goal.work, f"{sign} {goal.bound:g} {unit}", *cells])
+        last = "" if by_cpu is None else number(by_cpu)
+        rows.append([goal.work, f"{sign} {goal.bound:g} {unit}", *cells, last])
     return rows
 
 
