@@ -482,6 +482,19 @@ async def test_kept_connection_that_idles_is_closed_after_the_open_timeout() -> 
         assert manager.metrics.refusals["timeout"] == 0  # it is no fault of the peer's
 
 
+async def test_later_request_has_its_time_from_its_first_byte() -> None:
+    # 0.0 answer; 0.2 first byte; 0.3 an idle one would be closed; 0.4 the rest.
+    async with served(open_timeout_s=0.3) as server, dial(server.port) as peer:
+        await peer.send(head("GET", "/health", KEPT))
+        assert (await peer.answer()).status == 200
+        await asyncio.sleep(0.2)
+        data = head("GET", "/health", KEPT)
+        await peer.send(data[:5])
+        await asyncio.sleep(0.2)
+        await peer.send(data[5:])
+        assert (await peer.answer()).status == 200
+
+
 async def test_later_request_that_dribbles_is_told_of_its_deadline() -> None:
     async with served(open_timeout_s=0.3) as server, dial(server.port) as peer:
         await peer.send(head("GET", "/health", KEPT))
