@@ -159,7 +159,7 @@ class Connection(ServerConnection):
             self.reader.remove(self)
         self.fd = -1  # it may soon be another's
         if self.phase in (Phase.HTTP, Phase.OPEN):
-            self.door.leave()
+            self.door.end()
         self.phase = Phase.CLOSED
         self.deadline = NEVER
         self._holds = HOLD_CLOSED
@@ -429,6 +429,16 @@ class Connection(ServerConnection):
                 self._drained = self.loop.create_future()
             await asyncio.shield(self._drained)
 
+    async def written_within(self, seconds: float) -> bool:
+        """`written`; whether it still can be written to. Who takes nothing for so long is dropped.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self.written()
+        except TimeoutError:
+            self._drop_slow()
+        return self.phase is _OPEN
+
     def _wake_writers(self) -> None:
         if self._drained is not None:
             self._drained.set_result(None)
@@ -592,7 +602,7 @@ class Connection(ServerConnection):
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
         self.hub.seats.discard(self)
-        self.door.leave()
+        self.door.end()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:
             self._resume_reading()  # for the peer's own close frame

@@ -449,3 +449,17 @@ async def test_two_servers_of_one_loop_serve_side_by_side() -> None:
     async with serving(WebSocketManager(), port=0) as one, serving(WebSocketManager(), port=0) as two:
         for server in (one, two):
             assert (await http(server, "GET", "/health"))[0] == 200
+
+
+async def test_client_that_takes_nothing_of_its_replay_is_dropped() -> None:
+    """0.2 s after the last byte it took: its ping interval and the time to answer."""
+    manager = WebSocketManager()
+    options = {"ping_interval_s": 0.1, "ping_timeout_s": 0.1, "close_timeout_s": 0.1}
+    async with served(manager, history_bytes=2**25, **options) as server:
+        start = manager.history.last
+        for number in range(10):
+            manager.broadcast("news", [number, "x" * 1_000_000])
+        async with lazy(server.port, f"/ws?since={start}") as peer:
+            peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await until(lambda: not manager.connections)
+    assert manager.metrics.drops["slow"] == 1

@@ -368,7 +368,7 @@ async def test_restarted_node_loads_as_much_as_history_keeps(redis: RedisServer)
     ids = [redis.add_message(str(number)) for number in range(count)]
     async with served(**options) as a:
         manager = a.manager
-        assert [offset for offset, _ in manager.history.entries] == ids[-40:]
+        assert [entry.offset for entry in manager.history.entries] == ids[-40:]
         assert len(manager.history.since(ids[-41]) or ()) == 40
         assert manager.history.since(ids[-42]) is None
         async with Raw.open(a, f"/ws?since={ids[-3]}") as client:
