@@ -561,7 +561,7 @@ async def test_short_replay_is_no_sign_of_a_slow_client(door: str) -> None:
         manager.admit = admit_with_a_small_buffer  # type: ignore[method-assign]
         async with returning(server, door, start) as peer:
             [connection] = manager.connections
-            await until(lambda: not connection.is_writable)
+            await until(connection.transport.get_write_buffer_size)
             manager.broadcast("n", [40, "x"])
             manager.flush_broadcasts()
             peer.writer.transport.resume_reading()
