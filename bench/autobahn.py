@@ -22,7 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from karna_ws import Client, WebSocketManager, new_event_loop, serving
+from karna.command_line import new_event_loop
+from karna_ws import Client, WebSocketManager, serving
 
 GROUPS = [1, 2, 3, 4, 5, 6, 7, 10]
 CASES = 247  # in those groups of kosoku 0.1.0; fewer mean that some were not run

@@ -26,6 +26,7 @@ from websockets.asyncio.client import connect
 
 NODE = """
 import asyncio, sys, karna_ws
+from karna.command_line import new_event_loop
 manager = karna_ws.WebSocketManager()
 
 @manager.commands.command
@@ -42,7 +43,7 @@ async def main():
     async with karna_ws.serving(manager, port=0, backplane=backplane) as server:
         print(server.port, flush=True)
         await server.wait_closed()
-runner = asyncio.Runner(loop_factory=lambda: karna_ws.new_event_loop("auto"))
+runner = asyncio.Runner(loop_factory=lambda: new_event_loop("auto"))
 runner.run(main())
 """
 TEXT = "x" * 60

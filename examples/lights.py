@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
-# Two files are the whole server: copied beside this one they need no such line.
+# karna_ws.py, services.py and karna/ are the whole server: beside this file they need no such line.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from karna_ws import WebSocketManager, serving

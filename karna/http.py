@@ -88,7 +88,7 @@ class Exchange(Door):
             end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
             if end < 0:
                 check_partial_head(data)
-                return self.connection.keep(data)
+                return self._wait_for(data)
             self.head = parse_head(data[: end + 4])
             self._rest = data[end + 4 :]
             self.is_last = self.head.is_last
@@ -132,7 +132,7 @@ class Exchange(Door):
         """Collect the body, by the deadline of the head; handle the request when it is whole."""
         size = self.head.body_bytes
         if len(data) < size:
-            return self.connection.keep(data, size)
+            return self._wait_for(data, size)
         self._stage = Stage.ANSWERING
         self._rest = data[size:]
         self.connection.deadline = NEVER  # the command's own time limit holds
@@ -144,12 +144,23 @@ class Exchange(Door):
             self.fail(exc)
         return None
 
+    def _wait_for(self, data: bytes, need: int = 0) -> None:
+        """Keep what has arrived, unless nothing can follow it."""
+        if self._has_ended:
+            return self.connection.close_http(0, has_ended=True)
+        return self.connection.keep(data, need)
+
     def take_end(self) -> bool:
         """An answer that is still to come reaches a peer that has only ended its own side."""
         self._has_ended = True
-        if self._stage is not Stage.ANSWERING or not self.connection.transport.can_write_eof():
+        is_answering = self._stage is Stage.ANSWERING
+        waits_for_its_turn = not self._has_begun and self.connection.has_kept
+        if not (is_answering or waits_for_its_turn):
             return False
-        self._set_probe()
+        if not self.connection.transport.can_write_eof():
+            return False
+        if is_answering:
+            self._set_probe()
         return True
 
     def _set_probe(self) -> None:

@@ -220,6 +220,11 @@ class Wire:
         """Swallow what passes over the connections of now, and keep them open: a dead peer."""
         self._frozen |= self._writers
 
+    @property
+    def connections_made(self) -> int:
+        """To the server, since the beginning."""
+        return len(self._writers) // 2
+
     async def carries(self, count: int) -> None:
         """Wait until exactly so many connections are open."""
         async with asyncio.timeout(DEADLINE_S), self._changed:
@@ -373,6 +378,16 @@ async def data_of(ws: ClientConnection, wanted: str, test: Any = None) -> Any:
             assert message["type"] == wanted or message["type"] != "error", message
             if message["type"] == wanted and (test is None or test(message["data"])):
                 return message["data"]
+
+
+def copy_server(folder: Path, *more: str) -> None:
+    """Put into the folder what one copies to have the server, and `more` of the project."""
+    for name in ("karna_ws.py", "services.py", "karna", *more):
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder)
 
 
 @contextlib.asynccontextmanager

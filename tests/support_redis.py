@@ -108,8 +108,9 @@ async def node(
 class Follower:
     """A client of either door that keeps every broadcast and can come back."""
 
-    def __init__(self, door: str) -> None:
+    def __init__(self, door: str, **options: Any) -> None:
         self.door = door
+        self.options = {"max_queue": None, **options}
         self.connection: ClientConnection | None = None
         self.seen: list[dict[str, Any]] = []  # all envelopes but answers to requests
         self.answer: dict[str, Any] = {}  # to the Socket.IO CONNECT
@@ -120,14 +121,14 @@ class Follower:
         if self.door == "raw":
             query = f"?since={self.offset}" if self.offset else ""
             url = f"ws://127.0.0.1:{server.port}/ws{query}"
-            self.connection = await connect(url, max_queue=None)
+            self.connection = await connect(url, **self.options)
             if not query:  # where a quiet stream stands
                 await self.connection.send('{"method": "get_status"}')
                 self.offset = (await self.next())["offset"]
                 self.seen.clear()
             return
         url = f"ws://127.0.0.1:{server.port}/socket.io/?EIO=4&transport=websocket"
-        self.connection = await connect(url, max_queue=None)
+        self.connection = await connect(url, **self.options)
         auth = {"pid": self.answer["pid"], "offset": self.offset} if self.answer else {}
         await self.connection.send("40" + json.dumps({k: v for k, v in auth.items() if v}))
         self.answer = {}
@@ -189,9 +190,9 @@ class Follower:
 
 
 @contextlib.asynccontextmanager
-async def following(*pairs: tuple[Any, str]) -> AsyncIterator[list[Follower]]:
-    """Clients of (server, door), in that order."""
-    followers = [Follower(door) for _, door in pairs]
+async def following(*pairs: tuple[Any, str], **options: Any) -> AsyncIterator[list[Follower]]:
+    """Clients of (server, door), in that order; options are those of `connect`."""
+    followers = [Follower(door, **options) for _, door in pairs]
     try:
         for follower, (server, _) in zip(followers, pairs, strict=True):
             await follower.follow(server)

@@ -342,3 +342,72 @@ async def test_flood_of_refused_handshakes_logs_little(caplog: pytest.LogCapture
         assert (await get_metrics(server.port))["karna_refused_total{reason=forbidden}"] == 450
     refusals = [record for record in caplog.records if "refused" in record.getMessage()]
     assert 1 <= len(refusals) <= 60
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_origin_that_equals_host_is_allowed_once_host_has_passed(door: str) -> None:
+    same = [
+        ("karna.example", "http://karna.example"),
+        ("karna.example", "https://karna.example"),
+        ("karna.example:80", "http://karna.example"),
+        ("karna.example:443", "https://karna.example"),
+        ("KARNA.example:8443", "https://karna.example:8443"),
+        ("192.168.1.7:8000", "http://192.168.1.7:8000"),
+    ]
+    other = [
+        ("evil.example", "http://evil.example"),  # the rebinding attack
+        ("karna.example:8443", "https://karna.example"),
+        ("karna.example", "ws://karna.example"),
+        ("192.168.1.7:8000", "http://192.168.1.7:8001"),
+    ]
+    async with served(allow_host=["karna.example"]) as server:
+        for host, origin in same:
+            answer = await ask(server.port, DOORS[door]({"Host": host, "Origin": origin}))
+            assert answer.status == WELCOMED.get(door, 200), (host, origin)
+        for host, origin in other:
+            answer = await ask(server.port, DOORS[door]({"Host": host, "Origin": origin}))
+            assert answer.status == 403, (host, origin)
+
+
+BAD_QUERIES = ["token=", "token=wrong", f"Token={TOKEN}", f"token=wrong&token={TOKEN}", "token=%ff"]
+
+
+async def test_query_token_opens_the_doors_and_a_wrong_one_does_not() -> None:
+    async with served(token=TOKEN) as server:
+        for query in BAD_QUERIES:
+            assert (await ask(server.port, upgrade(f"/ws?{query}"))).status == 401, query
+            assert (await ask(server.port, head("GET", f"/metrics?{query}"))).status == 401, query
+        assert (await ask(server.port, upgrade(f"/ws?token={TOKEN}"))).status == 101
+        assert (await ask(server.port, upgrade(f"/ws/?since=x&token={TOKEN}"))).status == 101
+        wrong_header = {"Authorization": "Bearer wrong"}
+        assert (await ask(server.port, upgrade(f"/ws?token={TOKEN}", wrong_header))).status == 401
+
+
+BAD_CONNECTS = [
+    b"40/ws,", b"40", b"40/ws,{}", b'40/ws,{"token":null}', b'40/ws,{"token":""}',
+    b'40/ws,{"token":"wrong"}', b'40/ws,{"token":["correct-horse"]}', b'40/ws,{"token":1}',
+    b'40/ws,{"token":true}', b'40/ws,{"Token":"correct-horse"}',
+    b'40/ws,{"token":"correct-hors\xc3\xa9"}',
+    b'40/ws,{"token":"\\u0000correct-horse"}',
+]  # fmt: skip
+
+
+async def test_socket_io_token_is_asked_with_every_connect() -> None:
+    good = b'{"token":"%b"}' % TOKEN.encode()
+    async with served(token=TOKEN) as server:
+        async with engine(server.port, connect=None) as peer:
+            for connect in BAD_CONNECTS:
+                await peer.send(frame(1, connect))
+                answer = (await peer.frame()).payload
+                prefix = b"44/ws," if b"/ws" in connect else b"44"
+                error = json.loads(answer.removeprefix(prefix))
+                assert error["data"] == {"code": "unauthorized"} and "token" in error["message"]
+            await peer.send(frame(1, b"40/ws," + good))
+            assert (await peer.frame()).payload.startswith(b'40/ws,{"sid"')
+            await peer.send(frame(1, b"40"))  # another namespace, another CONNECT
+            assert (await peer.frame()).payload.startswith(b"44{")
+            await peer.send(frame(1, b"41/ws,") + frame(1, b"40/ws,"))
+            assert (await peer.frame()).payload.startswith(b"44/ws,{")
+        async with engine(server.port, {"Authorization": f"Bearer {TOKEN}"}) as peer:
+            await peer.send(frame(1, b"40"))  # the handshake had it: no CONNECT needs it
+            assert (await peer.frame()).payload.startswith(b"40{")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import orjson
@@ -557,3 +558,20 @@ async def test_command_is_cancelled_however_its_client_goes_away(
             await until(lambda: gate.ended == ["close", "eof", "reset", "http"][: number + 1])
         await until(lambda: not manager.commands.tasks.running)
     assert gate.cancelled == ["close", "eof", "reset", "http"]
+
+
+async def test_method_runs_in_a_thread_or_on_the_loop_as_it_was_registered() -> None:
+    manager = WebSocketManager()
+
+    @manager.method("block")
+    def block() -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    @manager.method("inline", inline=True)
+    def inline(*, flag: bool = True) -> bool:
+        return flag and threading.current_thread() is threading.main_thread()
+
+    async with served(manager) as server, Raw.open(server) as client:
+        assert (await client.ask("block"))["data"] is False
+        assert (await client.ask("inline"))["data"] is True
+        assert (await client.ask("inline", flag=False))["data"] is False

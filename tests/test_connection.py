@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 from typing import Any
@@ -16,7 +17,16 @@ from karna.connection import HOLD_CALLS, HOLD_WRITES
 from karna_ws import Client, WebSocketManager
 from services import Command
 from support import Gate, execute, served, until
-from support_peers import ENGINE, close_frame, engine, frame, lazy, raw
+from support_peers import (
+    ENGINE,
+    EchoManager,
+    close_frame,
+    engine,
+    frame,
+    in_fragments,
+    lazy,
+    raw,
+)
 
 
 async def test_message_limit_needs_no_more_than_the_frame_head_to_be_enforced() -> None:
@@ -272,3 +282,21 @@ def test_library_has_the_private_names_we_use() -> None:
                  "open_timeout", "close_timeout"):  # fmt: skip
         need(name in parameters, f"serve({name}=)")
     assert not missing, f"websockets {websockets.__version__} has changed: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("limit", [128, 1000, 70_000])
+async def test_message_limit_is_exact_for_frames_and_fragments(limit: int) -> None:
+    async with served(EchoManager(), max_message_bytes=limit) as server:
+        async with raw(server.port) as peer:
+            for size in (0, limit - 1, limit):
+                for opcode in (1, 2):
+                    for count in (1, 2, 7):
+                        await peer.send(in_fragments(opcode, b"x" * size, count))
+                        assert await peer.frame() == (opcode, b"x" * size)
+        for opcode, count in itertools.product((1, 2), (1, 2, 7)):
+            async with raw(server.port) as peer:
+                data = in_fragments(opcode, b"x" * (limit + 1), count)
+                await peer.send(frame(1, b"before") + data)
+                assert await peer.frame() == (1, b"before")
+                closed = await peer.closed()
+                assert closed.code == 1009 and str(limit) in closed.reason

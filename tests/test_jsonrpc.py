@@ -1,4 +1,4 @@
-"""JSON-RPC 2.0 beyond the examples of its specification: errors, batches, progress."""
+"""JSON-RPC 2.0: errors, batches, progress, and the examples of its specification."""
 
 from __future__ import annotations
 
@@ -178,3 +178,89 @@ async def test_json_rpc_method_of_a_reserved_name_is_unknown() -> None:
     async with served(rpc_manager()) as server, Raw.open(server) as client:
         await client.send({"jsonrpc": "2.0", "method": "rpc.discover", "id": 1})
         assert without_words(await client.next()) == rpc_error(-32601, 1)
+
+
+# Section 7 of the specification, in its order; error messages and data are ours.
+JSON_RPC_EXAMPLES: list[tuple[str, str, Any]] = [
+    ("positional", '{"jsonrpc": "2.0", "method": "subtract", "params": [42, 23], "id": 1}',
+     rpc_result(19, 1)),
+    ("positional, swapped", '{"jsonrpc": "2.0", "method": "subtract", "params": [23, 42], "id": 2}',
+     rpc_result(-19, 2)),
+    ("named", '{"jsonrpc": "2.0", "method": "subtract", '
+     '"params": {"subtrahend": 23, "minuend": 42}, "id": 3}', rpc_result(19, 3)),
+    ("named, swapped", '{"jsonrpc": "2.0", "method": "subtract", '
+     '"params": {"minuend": 42, "subtrahend": 23}, "id": 4}', rpc_result(19, 4)),
+    ("notification", '{"jsonrpc": "2.0", "method": "update", "params": [1,2,3,4,5]}', None),
+    ("unknown notification", '{"jsonrpc": "2.0", "method": "foobar"}', None),
+    ("unknown method", '{"jsonrpc": "2.0", "method": "foobar", "id": "1"}', rpc_error(-32601, "1")),
+    ("invalid request", '{"jsonrpc": "2.0", "method": 1, "params": "bar"}', rpc_error(-32600, None)),
+    ("batch", '''[
+        {"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
+        {"jsonrpc": "2.0", "method": "notify_hello", "params": [7]},
+        {"jsonrpc": "2.0", "method": "subtract", "params": [42,23], "id": "2"},
+        {"foo": "boo"},
+        {"jsonrpc": "2.0", "method": "foo.get", "params": {"name": "myself"}, "id": "5"},
+        {"jsonrpc": "2.0", "method": "get_data", "id": "9"}
+    ]''', [rpc_result(7, "1"), rpc_result(19, "2"), rpc_error(-32600, None), rpc_error(-32601, "5"),
+           rpc_result(["hello", 5], "9")]),
+    ("batch of notifications", '''[
+        {"jsonrpc": "2.0", "method": "notify_sum", "params": [1,2,4]},
+        {"jsonrpc": "2.0", "method": "notify_hello", "params": [7]}
+    ]''', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [each[1:] for each in JSON_RPC_EXAMPLES],
+    ids=[each[0] for each in JSON_RPC_EXAMPLES],
+)  # fmt: skip
+async def test_json_rpc_example_of_the_specification_on_the_raw_door(
+    text: str, expected: Any
+) -> None:
+    async with served(rpc_manager()) as server, Raw.open(server) as client:
+        await client.send(text)
+        if expected is None:
+            assert await client.received() == []
+        elif isinstance(expected, list):
+            assert without_words(await client.next()) == sorted(expected, key=repr)
+        else:
+            assert without_words(await client.next()) == expected
+
+
+# Those a raw-door message can't show, because nothing in it says that it is JSON-RPC.
+JSON_RPC_HTTP_EXAMPLES: list[tuple[str, str, Any]] = [
+    ("invalid JSON", '{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]',
+     rpc_error(-32700, None)),
+    ("batch, invalid JSON", '''[
+        {"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
+        {"jsonrpc": "2.0", "method"
+    ]''', rpc_error(-32700, None)),
+    ("empty batch", "[]", rpc_error(-32600, None)),
+    ("invalid batch of one", "[1]", [rpc_error(-32600, None)]),
+    ("invalid batch", "[1,2,3]", [rpc_error(-32600, None)] * 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [each[1:] for each in JSON_RPC_EXAMPLES + JSON_RPC_HTTP_EXAMPLES],
+    ids=[each[0] for each in JSON_RPC_EXAMPLES + JSON_RPC_HTTP_EXAMPLES],
+)  # fmt: skip
+async def test_json_rpc_example_of_the_specification_over_http(text: str, expected: Any) -> None:
+    async with served(rpc_manager()) as server:
+        status, answer = await http(server, "POST", "/rpc", text.encode())
+        if expected is None:
+            assert (status, answer) == (204, b"")
+        else:
+            assert status == 200
+            assert without_words(answer) == (
+                sorted(expected, key=repr) if isinstance(expected, list) else expected
+            )
+
+
+async def test_json_rpc_notifications_are_carried_out() -> None:
+    manager = rpc_manager()
+    async with served(manager) as server, Raw.open(server) as client:
+        await client.send(JSON_RPC_EXAMPLES[4][1], JSON_RPC_EXAMPLES[9][1])
+        assert await client.received() == []
+        await http(server, "POST", "/rpc", JSON_RPC_EXAMPLES[4][1].encode())
+        assert manager.notified == [[1, 2, 3, 4, 5], 7, [1, 2, 3, 4, 5]]  # type: ignore

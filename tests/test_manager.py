@@ -301,6 +301,7 @@ async def test_broadcasts_of_the_next_turns_leave_together_when_clients_are_many
 
 async def test_broadcast_just_before_the_end_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)  # a flush waits as with many clients
+    monkeypatch.setattr("karna.server.SHUTDOWN_CLOSE_S", 0.3)  # the peers leave their sockets open
     manager = WebSocketManager()
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(served(manager))
@@ -786,3 +787,14 @@ async def test_program_may_replace_services_and_add_its_own() -> None:
         assert answer["data"]["code"] == "unknown_command", "it went with the service"
     assert eyes.calls == ["start", "stop"]
     assert lamp.state == "stopped"
+
+
+async def test_message_handler_that_fails_answers_an_internal_error() -> None:
+    class Broken(WebSocketManager):
+        def handle_message(self, client: Client, payload: bytes, is_text: bool) -> Any:
+            raise LookupError("bug")
+
+    async with served(Broken(), logs_errors=True) as server, Raw.open(server) as client:
+        for _ in range(2):
+            await client.send("x")
+            assert (await client.next())["data"]["code"] == "internal_error"

@@ -153,7 +153,7 @@ async def test_server_without_descriptors_for_its_reader_does_not_start(
 
     manager = WebSocketManager()
     with monkeypatch.context() as patch:
-        patch.setattr("karna.hub.EpollReader", refuse, raising=False)
+        patch.setattr(select, "epoll", refuse, raising=False)
         with pytest.raises(StartError, match="can't watch sockets: Too many open files"):
             async with serving(manager, port=0):
                 pass

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
+import pytest
 from websockets.asyncio.client import connect
 
 from karna_ws import WebSocketManager, serving
 from support import ROOT
-from support_clients import EXAMPLES, Wire, data_of, program, rpc, running, ws_url
+from support_clients import (
+    EXAMPLES,
+    Wire,
+    copy_server,
+    data_of,
+    program,
+    rpc,
+    running,
+    ws_url,
+)
 
 
 async def test_client_mjs_uses_both_doors(node_dir: Path, tmp_path: Path) -> None:
@@ -110,3 +123,27 @@ async def test_lights_example_runs() -> None:
         await rpc(ws, "execute_command", {"command": "bus plug"}, "command_response")
         status = await rpc(ws, "get_status", {}, "status_update")
         assert status["bus"]["state"] == "running"
+
+
+@pytest.mark.parametrize("words", [("karna_ws.py",), ("-m", "karna_ws")], ids=" ".join)
+@pytest.mark.parametrize("more", [(), ("web",)], ids=str)
+async def test_copied_files_are_the_whole_server(
+    tmp_path: Path, words: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    copy_server(tmp_path, *more)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = (sys.executable, *words, "--port", "0")
+    async with program(
+        *command, ready=r"console +(http://localhost:\d+/)", cwd=tmp_path, env=clean
+    ) as match:
+        with await asyncio.to_thread(urlopen, match[1]) as answer:
+            kind, body = answer.headers["Content-Type"], answer.read()
+        if more:
+            assert kind == "text/html; charset=utf-8" and b"Karna WS" in body
+        else:
+            assert json.loads(body)["name"] == "karna-ws"
+        url = match[1].replace("http", "ws") + "ws"
+        async with connect(url) as ws:
+            describe = {"command": "describe", "image": "R0lGODlhAQABAAAAACw="}
+            found = await rpc(ws, "execute_command", describe, "command_response")
+            assert found["result"]["format"] == "gif", "a room that is imported when it is needed"

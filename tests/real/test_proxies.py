@@ -18,11 +18,14 @@ from websockets.asyncio.client import connect
 
 from karna_ws import serving
 from support import DEADLINE_S, ROOT, SERVER_FILE, needs
-from support_clients import Host, program, rpc
+from support_clients import Host, Wire, program, rpc
 
 
-async def try_behind_proxy(port: int) -> None:
-    """Page, socket, Socket.IO and HTTP through a proxy, by the name that the proxy serves."""
+async def try_behind_proxy(port: int, wire: Wire) -> None:
+    """Page, socket, Socket.IO and HTTP through a proxy, by the name that the proxy serves.
+
+    wire: between the proxy and the server.
+    """
     name = "karna.example.org"
     request = Request(
         f"http://127.0.0.1:{port}/api/status",
@@ -30,6 +33,13 @@ async def try_behind_proxy(port: int) -> None:
     )
     with await asyncio.to_thread(urlopen, request, timeout=DEADLINE_S) as response:
         assert json.load(response)["command"]["state"] == "running"
+    body = b'{"command": "echo through"}'
+    headers = {**request.headers, "Content-Type": "application/json"}
+    post = Request(f"http://127.0.0.1:{port}/api/execute_command", body, headers)
+    for _ in range(20):
+        with await asyncio.to_thread(urlopen, post, timeout=DEADLINE_S) as response:
+            assert json.load(response)["data"]["result"] == "through"
+    assert wire.connections_made <= 2, "the proxy keeps its connections to the server"
     page = Request(f"http://127.0.0.1:{port}/", headers={"Host": name})
     with await asyncio.to_thread(urlopen, page, timeout=DEADLINE_S) as response:
         assert b"Karna WS" in response.read()
@@ -48,13 +58,16 @@ async def test_nginx_example_proxies(tmp_path: Path) -> None:
         listener.setblocking(False)
         port = listener.getsockname()[1]
         host = Host()
-        async with serving(
-            host.manager, port=0, token="t0ken", allow_host=("karna.example.org",)
-        ) as server:
+        async with (
+            serving(
+                host.manager, port=0, token="t0ken", allow_host=("karna.example.org",)
+            ) as server,
+            Wire(server.port) as wire,
+        ):
             site = (ROOT / "examples" / "nginx.conf").read_text()
             changes = {
                 "listen 80;": f"listen 127.0.0.1:{port};",
-                "127.0.0.1:8000": f"127.0.0.1:{server.port}",
+                "127.0.0.1:8000": f"127.0.0.1:{wire.port}",
                 "/var/log/nginx/karna.log": f"{tmp_path}/access.log",
             }
             for old, new in changes.items():
@@ -73,7 +86,7 @@ async def test_nginx_example_proxies(tmp_path: Path) -> None:
                 "env": {**os.environ, "NGINX": f"{listener.fileno()};"},
             }
             async with program(*words, ready="using inherited sockets", **inherited):
-                await try_behind_proxy(port)
+                await try_behind_proxy(port, wire)
     log = (tmp_path / "access.log").read_text()
     assert '"GET /ws" 101' in log and "t0ken" not in log
 
@@ -83,12 +96,13 @@ async def test_caddy_example_proxies(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     host = Host()
-    async with serving(
-        host.manager, port=0, token="t0ken", allow_host=("karna.example.org",)
-    ) as server:
+    async with (
+        serving(host.manager, port=0, token="t0ken", allow_host=("karna.example.org",)) as server,
+        Wire(server.port) as wire,
+    ):
         site = (ROOT / "examples" / "Caddyfile").read_text()
         site = site.replace("karna.example.org {", f"http://karna.example.org:{port} {{")
-        site = site.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+        site = site.replace("127.0.0.1:8000", f"127.0.0.1:{wire.port}")
         (tmp_path / "Caddyfile").write_text("{\n\tadmin off\n}\n" + site)
         words = ("caddy", "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile")
         home = {
@@ -98,7 +112,7 @@ async def test_caddy_example_proxies(tmp_path: Path) -> None:
             "XDG_CONFIG_HOME": str(tmp_path),
         }
         async with program(*words, ready="serving initial configuration", env=home):
-            await try_behind_proxy(port)
+            await try_behind_proxy(port, wire)
 
 
 def test_systemd_units_are_valid(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from karna.command_line import make_parser
 from karna_ws import Config
 from support import ROOT, Raw, needs, served
+from support_clients import copy_server
 
 
 README = (ROOT / "README.md").read_text()
@@ -55,6 +56,7 @@ async def test_readme_shows_what_the_wire_says() -> None:
 
 
 async def test_readme_embedding_runs_as_shown(tmp_path: Path) -> None:
+    copy_server(tmp_path)
     program = tmp_path / "program.py"
     (source,) = blocks("python")
     # Port 0, and word of which one it is: two tests may run on one machine.
@@ -88,8 +90,8 @@ class Port:
 
 @contextlib.asynccontextmanager
 async def readme_running(*words: str, **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A program that runs while the block does, with this project on its path."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """A program that runs while the block does; it finds only what lies beside it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = await asyncio.create_subprocess_exec(
         *words, stdout=subprocess.PIPE, env=environment, **options
     )
@@ -150,7 +152,7 @@ async def test_readme_first_client_gets_the_answer_shown() -> None:
 
 
 def test_readme_names_only_flags_that_exist() -> None:
-    known = set(re.findall(r"--[a-z][a-z-]*", make_parser().format_help()))
+    known = set(re.findall(r"--[a-z][a-z-]*", make_parser("1").format_help()))
     known |= set(re.findall(r'"(--[a-z][a-z-]*)"', (ROOT / "bench" / "run.py").read_text()))
     others = {"--allow-program", "--unix-socket", "--utc", "--level", "--strong", "--no-strong"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))

@@ -68,7 +68,7 @@ async def test_client_that_is_ahead_of_a_node_gets_nothing_twice(
             await follower.leave()
             coming = asyncio.create_task(follower.follow(b))
             await until(lambda: b.manager.connections)
-            await until(lambda: b.manager.tasks or coming.done())
+            await until(lambda: b.manager.tasks.running or coming.done())
         await coming
         await say(a, "2")
         assert await follower.until("2") == ["1", "2"]
@@ -125,13 +125,13 @@ async def test_status_update_stays_on_its_node_and_names_it(redis: RedisServer) 
                 await follower.until("end")
             for follower in followers[:2]:
                 (update,) = [each for each in follower.seen if each["type"] == "status_update"]
-                assert update["node"] == a.manager.epoch
+                assert update["node"] == a.manager.node
                 assert update["data"]["vision"]["detail"] == "no lens"
             for follower in followers[2:]:
                 assert {each["type"] for each in follower.seen} == {"notification"}
         async with Raw.open(b) as client:
             answer = await client.ask("get_status")
-            assert answer["node"] == b.manager.epoch != a.manager.epoch
+            assert answer["node"] == b.manager.node != a.manager.node
             assert answer["offset"] == followers[3].offset
 
 
