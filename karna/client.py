@@ -52,7 +52,9 @@ WAIT_S = 30.0  # of a request for a connection: as long as the longest pause of 
 # reading, and then it would not answer our pings either.
 MAX_UNANSWERED = 256
 MAX_BROADCASTS = 1_000  # that an iterator has not taken: as many as the server keeps
-MAX_CALLS = 64  # of the server that run at the same time; further ones are answered with an error
+# Calls of the server that run at the same time. Further ones are answered with an error, and past
+# twice as many not at all: it does not read its answers.
+MAX_CALLS = 64
 
 Progress = Callable[[Any], object]
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -344,37 +346,50 @@ class Client:
 
     def _start_call(self, connection: ClientConnection, message: Message) -> None:
         """Answer a call of the server in a task of its own."""
-        task = asyncio.create_task(self._answer(connection, message["call"], message["data"]))
+        id, event, args = message["call"], message["data"]["event"], message["data"]["args"]
+        handler = self._handlers.get(event)
+        running = len(self._calls)
+        if running >= 2 * MAX_CALLS:
+            return
+        if handler is None:
+            error = f"this client has no handler for {one_line(event, 60)!r}"
+            work = _send(connection, _encode_answer(id, error=error))
+        elif running >= MAX_CALLS:
+            error = f"this client answers {MAX_CALLS} calls already"
+            work = _send(connection, _encode_answer(id, error=error))
+        else:
+            work = _answer(connection, id, event, handler, args)
+        task = asyncio.create_task(work)
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
-    async def _answer(self, connection: ClientConnection, id: Any, data: dict[str, Any]) -> None:
-        """Run the handler of a call, and send `data`, or `error` with a message, for its id."""
-        try:
-            answer = {"call": id, "data": await self._handle(data["event"], data["args"])}
-            text = dumps({"method": "answer", "params": answer})
-        except (Exception, asyncio.CancelledError) as error:
-            if _is_cancelled():
-                raise
-            answer = {"call": id, "error": one_line(str(error), 1_000) or type(error).__name__}
-            text = dumps({"method": "answer", "params": answer})
-        await _send(connection, text)
 
-    async def _handle(self, event: str, args: list[Any]) -> Any:
-        handler = self._handlers.get(event)
-        if handler is None:
-            raise LookupError(f"this client has no handler for {one_line(event, 60)!r}")
-        if len(self._calls) > MAX_CALLS:
-            raise RuntimeError(f"this client answers {MAX_CALLS} calls already")
-        try:
-            if inspect.iscoroutinefunction(handler):
-                return await handler(*args)
-            answer = await asyncio.to_thread(handler, *args)
-            return await answer if inspect.isawaitable(answer) else answer
-        except (Exception, asyncio.CancelledError) as error:
-            if not _is_cancelled():
-                log.error("the handler of %r failed", event, exc_info=error)
+async def _answer(
+    connection: ClientConnection, id: Any, event: str, handler: Callable[..., Any], args: list[Any]
+) -> None:
+    """Run the handler of a call, on the loop or in a thread, and send what it returned or raised.
+
+    A CancelledError of its own making is an error like others: only ours ends without an answer.
+    """
+    try:
+        if inspect.iscoroutinefunction(handler):
+            value = await handler(*args)
+        else:
+            value = await asyncio.to_thread(handler, *args)
+            value = await value if inspect.isawaitable(value) else value
+        text = _encode_answer(id, data=value)
+    except (Exception, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
             raise
+        log.error("the handler of %r failed", event, exc_info=error)
+        text = _encode_answer(id, error=one_line(str(error), 1_000) or type(error).__name__)
+    await _send(connection, text)
+
+
+def _encode_answer(id: Any, **outcome: Any) -> bytes:
+    """The answer to a call: `data`, or `error` with a message. TypeError for what is no JSON."""
+    return dumps({"method": "answer", "params": {"call": id, **outcome}})
 
 
 async def _send(connection: ClientConnection, text: bytes) -> None:
@@ -393,12 +408,6 @@ def _report(on_progress: Progress | None, progress: Any) -> Exception | None:
     except asyncio.CancelledError as error:  # of its own making: nobody cancelled us in here
         return RuntimeError(f"on_progress raised {error!r}")
     return None
-
-
-def _is_cancelled() -> bool:
-    """Is the running task to end, or did its function raise CancelledError by itself?"""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _lost(reason: str) -> ConnectionLost:

@@ -27,8 +27,10 @@ def join(port: int | Server, **options: Any) -> Client:
     return connect(f"ws://127.0.0.1:{number}/ws", **{"token": "", **options})
 
 
-@contextlib.contextmanager
-def hurried(*, first_s: float = 0.002, longest_s: float = 0.02, **limits: float) -> Any:
+@contextlib.asynccontextmanager
+async def hurried(
+    *, first_s: float = 0.002, longest_s: float = 0.02, **limits: float
+) -> AsyncIterator[None]:
     """Pauses between tries at 1/250 of their length, or less; other limits of link by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("karna.link.FIRST_PAUSE_S", first_s)
@@ -44,11 +46,17 @@ class Peer:
     def __init__(self, connection: ServerConnection, number: int) -> None:
         self.connection = connection
         self.number = number  # 0 for the first of the test
+        self.kept: list[Any] = []
         self.path = connection.request.path if connection.request is not None else ""
 
-    async def next(self) -> Any:
-        """The next message of the client."""
-        return json.loads(await self.connection.recv())
+    async def next(self, method: str | None = None) -> Any:
+        """The client's next message, or its next of this method; those passed over are kept."""
+        for place, message in enumerate(self.kept):
+            if method in (None, message["method"]):
+                return self.kept.pop(place)
+        while method not in (None, (message := json.loads(await self.connection.recv()))["method"]):
+            self.kept.append(message)
+        return message
 
     async def send(self, *messages: Any) -> None:
         """Send messages: str and bytes as they are, all else as JSON."""

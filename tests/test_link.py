@@ -164,86 +164,100 @@ def test_pauses_grow_to_a_limit_with_jitter() -> None:
 
 async def test_client_that_was_away_gets_what_it_missed_in_order() -> None:
     manager = WebSocketManager()
-    async with served(manager) as server, Wire(server.port) as wire:
-        with hurried():
-            async with join(wire.port) as client:
-                stream = client.broadcasts()
-                manager.broadcast("number", 0)
-                assert await take(stream, 1) == [0]
-                wire.cut()
-                await until(lambda: not client.is_connected)
-                await until(lambda: not manager.raw)
-                for number in range(1, 6):
-                    manager.broadcast("number", number)
-                wire.mend()
-                assert await take(stream, 5) == [1, 2, 3, 4, 5]
-                await until(lambda: client.is_connected)
-                manager.broadcast("number", 6)
-                assert await take(stream, 1) == [6]
+    async with (
+        served(manager) as server,
+        Wire(server.port) as wire,
+        hurried(),
+        join(wire.port) as client,
+    ):
+        stream = client.broadcasts()
+        manager.broadcast("number", 0)
+        assert await take(stream, 1) == [0]
+        wire.cut()
+        await until(lambda: not client.is_connected)
+        await until(lambda: not manager.raw)
+        for number in range(1, 6):
+            manager.broadcast("number", number)
+        wire.mend()
+        assert await take(stream, 5) == [1, 2, 3, 4, 5]
+        await until(lambda: client.is_connected)
+        manager.broadcast("number", 6)
+        assert await take(stream, 1) == [6]
 
 
 async def test_client_that_saw_no_broadcast_misses_none() -> None:
     manager = WebSocketManager()
-    async with served(manager) as server, Wire(server.port) as wire:
-        with hurried():
-            async with join(wire.port) as client:
-                stream = client.broadcasts()
-                wire.cut()
-                await until(lambda: not manager.raw and not client.is_connected)
-                manager.broadcast("number", 1)
-                wire.mend()
-                assert await take(stream, 1) == [1]
+    async with (
+        served(manager) as server,
+        Wire(server.port) as wire,
+        hurried(),
+        join(wire.port) as client,
+    ):
+        stream = client.broadcasts()
+        wire.cut()
+        await until(lambda: not manager.raw and not client.is_connected)
+        manager.broadcast("number", 1)
+        wire.mend()
+        assert await take(stream, 1) == [1]
 
 
 async def test_client_that_missed_too_much_is_told_of_a_gap_once() -> None:
     manager = WebSocketManager()
-    async with served(manager, history_messages=2) as server, Wire(server.port) as wire:
-        with hurried():
-            async with join(wire.port) as client:
-                stream = client.broadcasts()
-                wire.cut()
-                await until(lambda: not manager.raw and not client.is_connected)
-                for number in range(3):
-                    manager.broadcast("number", number)
-                wire.mend()
-                gap = await anext(stream)
-                assert (gap.type, gap.is_gap, gap.data["code"]) == ("gap", True, "history_gap")
-                # It has learnt the new offset: the next reconnection is without a gap.
-                await until(lambda: client.is_connected)
-                wire.cut()
-                await until(lambda: not manager.raw and not client.is_connected)
-                manager.broadcast("number", 3)
-                wire.mend()
-                assert await take(stream, 1) == [3]
+    async with (
+        served(manager, history_messages=2) as server,
+        Wire(server.port) as wire,
+        hurried(),
+        join(wire.port) as client,
+    ):
+        stream = client.broadcasts()
+        wire.cut()
+        await until(lambda: not manager.raw and not client.is_connected)
+        for number in range(3):
+            manager.broadcast("number", number)
+        wire.mend()
+        gap = await anext(stream)
+        assert (gap.type, gap.is_gap, gap.data["code"]) == ("gap", True, "history_gap")
+        # It has learnt the new offset: the next reconnection is without a gap.
+        await until(lambda: client.is_connected)
+        wire.cut()
+        await until(lambda: not manager.raw and not client.is_connected)
+        manager.broadcast("number", 3)
+        wire.mend()
+        assert await take(stream, 1) == [3]
 
 
 async def test_client_comes_back_to_a_server_that_was_restarted() -> None:
-    with hurried():
-        async with served(WebSocketManager()) as first, Wire(first.port) as wire:
-            async with join(wire.port) as client:
-                stream = client.broadcasts()
-                await first.close()
-                await until(lambda: not client.is_connected)
-                manager = WebSocketManager()
-                async with served(manager) as second:
-                    wire.target_port = second.port
-                    assert (await anext(stream)).is_gap
-                    assert await client.execute("echo again") == "again"
-                    manager.broadcast("number", 1)
-                    assert await take(stream, 1) == [1]
+    async with (
+        hurried(),
+        served(WebSocketManager()) as first,
+        Wire(first.port) as wire,
+        join(wire.port) as client,
+    ):
+        stream = client.broadcasts()
+        await first.close()
+        await until(lambda: not client.is_connected)
+        manager = WebSocketManager()
+        async with served(manager) as second:
+            wire.target_port = second.port
+            assert (await anext(stream)).is_gap
+            assert await client.execute("echo again") == "again"
+            manager.broadcast("number", 1)
+            assert await take(stream, 1) == [1]
 
 
 async def test_client_comes_back_to_a_process_that_was_restarted() -> None:
     environment = {"KARNA_GRACE": "0"}
-    async with process(*AUTH, environment=environment) as first:
-        with hurried(longest_s=0.05):
-            async with join(first.port, token=TOKEN) as client:
-                first.stop()
-                assert await first.ended() == 0
-                await until(lambda: not client.is_connected)
-                waiting = asyncio.create_task(client.execute("echo again"))
-                async with process(*AUTH, "--port", str(first.port), port=None):
-                    assert await waiting == "again"
+    async with (
+        process(*AUTH, environment=environment) as first,
+        hurried(longest_s=0.05),
+        join(first.port, token=TOKEN) as client,
+    ):
+        first.stop()
+        assert await first.ended() == 0
+        await until(lambda: not client.is_connected)
+        waiting = asyncio.create_task(client.execute("echo again"))
+        async with process(*AUTH, "--port", str(first.port), port=None):
+            assert await waiting == "again"
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1006, 1009, 1011, 1012, 1013])
@@ -258,11 +272,9 @@ async def test_client_comes_back_after_a_close_code(code: int) -> None:
             assert peer.path == "/ws?since=1-0"
             await peer.answer({"result": 1})
 
-    async with scripted(script) as port:
-        with hurried():
-            async with join(port) as client:
-                await until(lambda: not client.is_connected)
-                assert await client.execute("brew") == 1
+    async with scripted(script) as port, hurried(), join(port) as client:
+        await until(lambda: not client.is_connected)
+        assert await client.execute("brew") == 1
 
 
 async def test_client_that_policy_is_against_does_not_come_back() -> None:
@@ -275,18 +287,16 @@ async def test_client_that_policy_is_against_does_not_come_back() -> None:
         await peer.next()
         await peer.close(1008, "not\x1b[2J you")
 
-    async with scripted(script) as port:
-        with hurried():
-            async with join(port) as client:
-                stream = client.broadcasts()
-                with pytest.raises(ConnectionLost, match="1008 not"):
-                    await client.execute("brew")
-                with pytest.raises(Refused, match=r"\(1008 not \[2J you\)") as one:
-                    await client.execute("brew")
-                with pytest.raises(Refused, match="1008 not") as other:
-                    await anext(stream)
-                assert one.value is not other.value
-                assert connections == 1
+    async with scripted(script) as port, hurried(), join(port) as client:
+        stream = client.broadcasts()
+        with pytest.raises(ConnectionLost, match="1008 not"):
+            await client.execute("brew")
+        with pytest.raises(Refused, match=r"\(1008 not \[2J you\)") as one:
+            await client.execute("brew")
+        with pytest.raises(Refused, match="1008 not") as other:
+            await anext(stream)
+        assert one.value is not other.value
+        assert connections == 1
 
 
 async def test_client_without_the_token_is_told_why() -> None:
@@ -312,19 +322,22 @@ async def test_client_takes_the_token_from_the_environment(
 
 
 async def test_client_whose_token_is_withdrawn_ends() -> None:
-    async with served(WebSocketManager(), token="old") as old, Wire(old.port) as wire:
-        async with served(WebSocketManager(), token="new") as new:
-            with hurried():
-                async with join(wire.port, token="old") as client:
-                    stream = client.broadcasts()
-                    wire.cut()
-                    await until(lambda: not client.is_connected)
-                    waiting = asyncio.create_task(client.execute("echo x"))
-                    wire.target_port = new.port
-                    wire.mend()
-                    for refused in (waiting, anext(stream), client.status()):
-                        with pytest.raises(Refused, match="401"):
-                            await refused
+    async with (
+        served(WebSocketManager(), token="old") as old,
+        Wire(old.port) as wire,
+        served(WebSocketManager(), token="new") as new,
+        hurried(),
+        join(wire.port, token="old") as client,
+    ):
+        stream = client.broadcasts()
+        wire.cut()
+        await until(lambda: not client.is_connected)
+        waiting = asyncio.create_task(client.execute("echo x"))
+        wire.target_port = new.port
+        wire.mend()
+        for refused in (waiting, anext(stream), client.status()):
+            with pytest.raises(Refused, match="401"):
+                await refused
 
 
 async def test_client_that_a_connect_handler_refuses_never_is_in() -> None:
@@ -362,12 +375,10 @@ async def test_broken_message_ends_the_connection_and_its_requests(message: Any)
         else:
             await peer.answer({"result": "well"})
 
-    async with scripted(script) as port:
-        with hurried():
-            async with join(port) as client:
-                with pytest.raises(ConnectionLost, match="the server sent a message"):
-                    await client.execute("brew")
-                assert await client.execute("brew") == "well"
+    async with scripted(script) as port, hurried(), join(port) as client:
+        with pytest.raises(ConnectionLost, match="the server sent a message"):
+            await client.execute("brew")
+        assert await client.execute("brew") == "well"
     assert codes == [1002]
 
 
@@ -389,11 +400,9 @@ async def test_too_long_message_fails_its_request() -> None:
         await peer.welcome()
         await peer.answer({"result": "x" * 2_000})
 
-    async with scripted(script) as port:
-        with hurried(MAX_MESSAGE_BYTES=1_000):
-            async with join(port) as client:
-                with pytest.raises(ConnectionLost, match="1009"):
-                    await client.execute("brew")
+    async with scripted(script) as port, hurried(MAX_MESSAGE_BYTES=1_000), join(port) as client:
+        with pytest.raises(ConnectionLost, match="1009"):
+            await client.execute("brew")
 
 
 async def test_peer_that_is_no_such_server_is_told() -> None:
@@ -418,7 +427,7 @@ async def test_peer_that_says_nothing_is_left() -> None:
         closed.set()
 
     async with scripted(silent) as port:
-        with hurried(OPEN_TIMEOUT_S=0.05):
+        async with hurried(OPEN_TIMEOUT_S=0.05):
             with pytest.raises(NotConnected, match="does not answer"):
                 await join(port).__aenter__()
         await closed.wait()
@@ -464,11 +473,9 @@ async def test_pauses_grow_while_connections_break_soon(monkeypatch: pytest.Monk
     monkeypatch.setattr("karna.link.back_off", pauses)
     for stable_s, expected in ((60.0, [4]), (0.0, [1, 1, 1, 1])):
         begun.clear()
-        async with scripted(script) as port:
-            with hurried(STABLE_S=stable_s):
-                async with join(port) as client:
-                    await until(lambda: sum(begun) == 4 and client.is_connected)
-                    assert await client.execute("brew") == "stays"
+        async with scripted(script) as port, hurried(STABLE_S=stable_s), join(port) as client:
+            await until(lambda: sum(begun) == 4 and client.is_connected)
+            assert await client.execute("brew") == "stays"
         assert begun == expected
 
 
@@ -492,14 +499,13 @@ async def test_log_tells_when_it_is_away_and_never_the_query(
 ) -> None:
     manager = WebSocketManager()
     caplog.set_level(logging.INFO, "karna.client")
-    async with served(manager, token=TOKEN) as server, Wire(server.port) as wire:
-        with hurried():
-            url = f"ws://127.0.0.1:{wire.port}/ws?token={TOKEN}"
-            async with connect(url, token=""):
-                wire.cut()
-                await until(lambda: "cannot connect" in caplog.text)
-                wire.mend()
-                await until(lambda: "connected again" in caplog.text)
+    async with served(manager, token=TOKEN) as server, Wire(server.port) as wire, hurried():
+        url = f"ws://127.0.0.1:{wire.port}/ws?token={TOKEN}"
+        async with connect(url, token=""):
+            wire.cut()
+            await until(lambda: "cannot connect" in caplog.text)
+            wire.mend()
+            await until(lambda: "connected again" in caplog.text)
     ours = [record for record in caplog.records if record.name == "karna.client"]
     assert "the connection ended (1006)" in ours[0].getMessage()
     assert "connecting again in" in ours[1].getMessage()
@@ -515,10 +521,9 @@ async def test_close_leaves_no_task_and_no_connection() -> None:
             pass  # its own task has not begun
         async with join(server) as client:
             await client.status()
-        with hurried(first_s=60.0, longest_s=60.0):
-            async with join(wire.port) as client:
-                wire.cut()
-                await until(lambda: not client.is_connected)
+        async with hurried(first_s=60.0, longest_s=60.0), join(wire.port) as client:
+            wire.cut()
+            await until(lambda: not client.is_connected)
         assert asyncio.all_tasks() - before <= wire._tasks
         await until(lambda: not manager.connections)
 
@@ -532,21 +537,20 @@ async def test_close_that_is_cancelled_does_not_wait_for_the_peer() -> None:
         await over.wait()
         peer.connection.transport.abort()
 
-    async with scripted(deaf) as port:
-        with hurried(CLOSE_TIMEOUT_S=60.0):
-            before = asyncio.all_tasks()
-            client = join(port)
-            await client.__aenter__()
-            ours = asyncio.all_tasks() - before
-            closing = asyncio.create_task(client.close())
-            connection = client._link.connection
-            assert connection is not None
-            await until(lambda: connection.state is State.CLOSING)
-            closing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await closing
-            await connection.wait_closed()
-            over.set()
+    async with scripted(deaf) as port, hurried(CLOSE_TIMEOUT_S=60.0):
+        before = asyncio.all_tasks()
+        client = join(port)
+        await client.__aenter__()
+        ours = asyncio.all_tasks() - before
+        closing = asyncio.create_task(client.close())
+        connection = client._link.connection
+        assert connection is not None
+        await until(lambda: connection.state is State.CLOSING)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await connection.wait_closed()
+        over.set()
     assert not ours & asyncio.all_tasks()
 
 
