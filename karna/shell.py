@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,7 +68,7 @@ def percent_of(progress: Any) -> float | None:
     percent = progress.get("percent") if isinstance(progress, dict) else None
     if isinstance(percent, bool) or not isinstance(percent, int | float):
         return None
-    return percent if math.isfinite(percent) and 0 <= percent <= 100 else None
+    return percent if 0 <= percent <= 100 else None  # NaN is not
 
 
 def bar(percent: float) -> str:
@@ -148,6 +148,22 @@ async def run(arguments: argparse.Namespace) -> None:
             await execute(client, arguments.line)
 
 
+async def run_until_interrupted(arguments: argparse.Namespace) -> None:
+    """`run`, cancelled by the first Ctrl-C; the second ends the process as if nobody listened."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        loop.call_soon_threadsafe(task.cancel)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        await run(arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m karna.client", description="Run one command of a Karna WS server.",
@@ -184,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="karna.client: %(message)s")
         log.setLevel(logging.INFO)
     try:
-        asyncio.run(run(arguments))
-    except KeyboardInterrupt:
+        asyncio.run(run_until_interrupted(arguments))
+    except (KeyboardInterrupt, asyncio.CancelledError):
         complain("interrupted")
         return INTERRUPTED
     except CommandError as error:

@@ -170,9 +170,16 @@ async def test_asyncio_timeout_cancels_the_command() -> None:
     manager = WebSocketManager()
     gate = Gate(manager)
     async with served(manager) as server, join(server) as client:
+
+        async def expire() -> None:
+            await until(lambda: gate.begun)
+            limit.reschedule(0)
+
+        expiring = asyncio.create_task(expire())
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):  # begins within 1/50 of it
+            async with asyncio.timeout(None) as limit:
                 await client.execute("gate a")
+        await expiring
         await client.settled()
         assert gate.cancelled == ["a"]
 
