@@ -32,35 +32,34 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import fields
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
-from karna.access import TOKEN_TEXT, check_access, is_authorized, token_matches
+from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
+from karna.broadcasts import Missed
 from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler
 from karna.config import Config, make_config
-from karna.connection import HOLD_CONNECT, NEVER, Connection, Door, write_all
+from karna.connection import Connection
+from karna.door import HOLD_CONNECT, NEVER, Door
 from karna.context import Context
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, explain
 from karna.frames import PING_FRAME, frame_binary, frame_text
-from karna.history import History, checked_entry, replay_bytes, with_offset
+from karna.history import replay_bytes
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
-from karna.log import log
-from karna.server import Server, ServedHub
+from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
-from karna.socketio import check_engine_handshake, encode_broadcast, refuse_old_client
-from karna.packets import encode_namespace
+from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
 from karna.text import encodable
 from services import CommandProcessor, LanguageService, VisionService, notification
@@ -73,13 +72,10 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
-ENVELOPE_BYTES = 1024  # more than a notification is longer than the request for it
+FULL_TEXT = "the server is full (--max-clients)"
 LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
-CLIENTS_A_TURN = 100  # for whom a flush waits one more turn of the loop: 1 us in 400, and...
-MAX_TURNS = 8  # ...never more than this
-FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
+REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
 
-Missed = list[tuple[str, bytes]]  # offsets and envelopes that a client has not seen
 
 
 # --- doors -------------------------------------------------------------------------------------
@@ -121,10 +117,14 @@ class RawClient(Client, Door):
         """It is in: send what it missed."""
         if missed is not None:
             self.connection.allow(replay_bytes(missed))
-            for _, envelope in missed:
-                self.deliver(envelope, None)
+            for offset, envelope in missed:
+                self.send_missed(offset, envelope)
         elif self.since is not None:
             self.deliver(HISTORY_GAP, None)
+
+    def send_missed(self, offset: str, envelope: bytes) -> None:
+        """Send one broadcast of a replay."""
+        self.deliver(envelope, None)
 
     def refuse(self, message: str) -> None:
         """It may not come in."""
@@ -157,9 +157,14 @@ class SocketIoDoor(SocketIoSession):
         manager = self.manager
         if namespace not in manager.sockets:
             return self.refuse(namespace, "Invalid namespace")
-        if not self.is_authorized and not token_matches(manager.config.token, auth.get("token")):
-            manager.metrics.refusals["token"] += 1
-            return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
+        if not self.is_authorized:
+            if not token_matches(manager.config.token, auth.get("token")):
+                manager.metrics.refusals["token"] += 1
+                return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
+            if self.connection not in manager.seats:
+                if manager.is_full:
+                    return self.refuse(namespace, FULL_TEXT, code="unavailable")
+                manager.seat(self.connection)
         client = self.clients[namespace] = SocketIoClient(self, namespace, auth)
         manager.admit(client)
 
@@ -211,10 +216,7 @@ class WebSocketManager(ServedHub):
         self.commands.use_broadcaster(self)
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
-        self.raw: dict[str, RawClient] = {}  # by id, as the Socket.IO ones
         self.sessions: set[SocketIoSession] = set()
-        self.broadcasts = self.deliveries = 0
-        self.backplane: RedisBackplane | None = None
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self._route = functools.partial(route, self)
         self.configure(Config())
@@ -240,17 +242,8 @@ class WebSocketManager(ServedHub):
         """Take new options, and begin a new history. A server that runs keeps those it has."""
         self.config = config
         self.is_draining = False
-        self._started_ns = time.time_ns()
-        self.node = f"{self._started_ns:x}"[-8:]  # names this process in its status
-        self._offset_number = 0
-        self.history = self._make_history(f"{self._started_ns}-0")
-        self.flushed = self.history.last  # the offset up to which clients have been written to
-        self.sockets: dict[str, dict[str, SocketIoClient]] = {
-            namespace: {} for namespace in ("/", "/ws", "/ws/", *config.namespaces)
-        }
+        self.begin_history()
         self.max_message_bytes = config.max_message_bytes
-        # Longest broadcast in the backplane: what came in as a request fits.
-        self.max_entry_bytes = max(config.max_message_bytes, config.max_body_bytes) + ENVELOPE_BYTES
         self.commands.timeout_s = config.command_timeout_s
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
@@ -258,11 +251,6 @@ class WebSocketManager(ServedHub):
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
-        self._pending: Missed = []  # broadcasts of this turn of the loop
-        self._pending_bytes = 0
-
-    def _make_history(self, base: str) -> History:
-        return History(self.config.history_messages, self.config.history_bytes, base)
 
     def use_backplane(self, backplane: RedisBackplane | None) -> None:
         """Share broadcasts through `backplane`, or keep them in this process."""
@@ -351,8 +339,7 @@ class WebSocketManager(ServedHub):
         if self.backplane is not None:
             self.backplane.enqueue(body)
         else:
-            self._offset_number += 1
-            self.receive_broadcast(f"{self._started_ns}-{self._offset_number}", body)
+            self.receive_broadcast(self.next_offset(), body)
 
     async def publish(self, type: str, data: Any) -> int:
         """`broadcast`, and wait until the backplane has accepted it."""
@@ -372,95 +359,6 @@ class WebSocketManager(ServedHub):
         """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
         return self.broadcast("notification", notification(message, level))
 
-    def count_clients(self) -> int:
-        """Clients that a broadcast goes to: a Socket.IO session counts once a namespace."""
-        return len(self.raw) + sum(map(len, self.sockets.values()))
-
-    def all_clients(self) -> list[Client]:
-        """Every client that broadcasts go to."""
-        sockets = (client for members in self.sockets.values() for client in members.values())
-        return [*self.raw.values(), *sockets]
-
-    def receive_broadcast(self, offset: str, body: bytes, *, is_kept: bool = True) -> None:
-        """A broadcast is accepted: keep it and send it to the clients of this process."""
-        envelope = with_offset(body, offset)
-        if is_kept:
-            self.history.append(offset, envelope)
-        self._pending.append((offset, envelope))
-        self._pending_bytes += len(envelope)
-        self.broadcasts += 1
-        if self.loop is None:  # nobody is served yet
-            self.flush_broadcasts()
-        elif len(self._pending) == 1:
-            turns = min(len(self.connections) // CLIENTS_A_TURN, MAX_TURNS)
-            self.loop.call_soon(self._flush_soon, self.broadcasts, turns)
-        elif self._pending_bytes > FLUSH_BROADCAST_BYTES:
-            self.flush_broadcasts()
-
-    def receive_entry(self, offset: str, body: bytes) -> None:
-        """An entry of the shared stream arrives: any process that reaches Redis may have put it."""
-        try:
-            body = checked_entry(body, self.max_entry_bytes)
-        except ValueError as error:
-            if self.log_gate.admits("foreign entry"):
-                log.warning("skipped entry %s of the backplane: %s", offset, error)
-            return
-        self.receive_broadcast(offset, body)
-
-    def restore_history(self, base: str, entries: list[tuple[str, bytes]]) -> None:
-        """History is loaded from the backplane: who is a client already may have missed some."""
-        self.flush_broadcasts()
-        self.history = self._make_history(base)
-        for offset, body in entries:
-            with suppress(ValueError):  # a foreign entry
-                body = checked_entry(body, self.max_entry_bytes)
-                self.history.append(offset, with_offset(body, offset))
-        self.flushed = self.history.last
-        self.board.touch()
-        for client in self.all_clients():
-            client.deliver(HISTORY_GAP, None)
-
-    def _flush_soon(self, first: int, turns: int) -> None:
-        """Flush after some turns of the loop: what is about to be broadcast leaves with it.
-
-        first: the number of the oldest broadcast that waits, unless others have flushed it.
-        """
-        if self.broadcasts - len(self._pending) + 1 != first:
-            return
-        if turns and self.loop is not None:
-            self.loop.call_soon(self._flush_soon, first, turns - 1)
-        else:
-            self.flush_broadcasts()
-
-    def flush_broadcasts(self) -> None:
-        """Write what was broadcast in this iteration of the loop: one write a client."""
-        pending, self._pending = self._pending, []
-        self._pending_bytes = 0
-        if not pending:
-            return
-        self.flushed = pending[-1][0]
-        self.board.forget_answer()
-        self._write(b"".join([frame_text(envelope) for _, envelope in pending]), self.raw)
-        recovers = self.recovers
-        for namespace, clients in self.sockets.items():
-            if clients:
-                head = b"42" + encode_namespace(namespace) + b'["rpc_response",'
-                frames = [
-                    frame_text(encode_broadcast(head, envelope, offset if recovers else None))
-                    for offset, envelope in pending
-                ]
-                self._write(b"".join(frames), clients)
-        self.deliveries += len(pending) * self.count_clients()
-
-    def _write(self, frames: bytes, members: Mapping[str, Client]) -> None:
-        # A list, not the view: a slow client is dropped while we iterate.
-        write_all([*map(_connection_of, members.values())], frames)
-
-    @property
-    def recovers(self) -> bool:
-        """Do Socket.IO clients get offsets and connection state recovery?"""
-        return self.config.recovery and self.config.history_messages > 0
-
     # Status.
 
     def status(self) -> dict[str, Any]:
@@ -471,6 +369,9 @@ class WebSocketManager(ServedHub):
         """The answer to `get_status` up to its id, with the offset that it is current as of."""
         node = None if self.backplane is None else self.node
         return self.board.encode_answer(self.flushed, node)
+
+    def offset_changed(self) -> None:
+        self.board.forget_answer()
 
     def _status_touched(self) -> None:
         self.board.touch()
@@ -489,11 +390,6 @@ class WebSocketManager(ServedHub):
 
     def first_door(self, connection: Connection) -> Exchange:
         return Exchange(connection, self._route)
-
-    @property
-    def is_full(self) -> bool:
-        """Are there as many clients as there may be?"""
-        return len(self.raw) + len(self.sessions) >= self.config.max_clients
 
     def admit(self, client: RawClient | SocketIoClient) -> None:
         """A client asks to come in: its connect handler decides; then it is sent what it missed.
@@ -536,6 +432,26 @@ class WebSocketManager(ServedHub):
             return client.refuse(encodable(explain(error)))
         self.flush_broadcasts()  # to the others: this one gets them from the history
         missed = None if client.since is None else self._missed(client.since)
+        if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
+            self.spawn(self._replay(client, missed), f"replay for {client.id}")
+        else:
+            self._enter(client, missed)
+
+    async def _replay(self, client: RawClient | SocketIoClient, missed: Missed) -> None:
+        """Send a long replay as its client reads it; it is live when it has caught up."""
+        left: Missed | None = missed
+        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
+            for offset, envelope in left:
+                client.send_missed(offset, envelope)
+                await client.connection.written()
+                if not client.is_present:
+                    return
+            self.flush_broadcasts()
+            left = self.history.since(left[-1][0])
+        self._enter(client, left)
+
+    def _enter(self, client: RawClient | SocketIoClient, missed: Missed | None) -> None:
+        """It is live from now on."""
         self._add(client)
         client.welcome(missed)
         if missed is not None and self.backplane is not None:
@@ -550,15 +466,14 @@ class WebSocketManager(ServedHub):
 
     def _add(self, client: RawClient | SocketIoClient) -> None:
         members = self._members(client)
-        before = members.get(client.id)
+        before: Client | None = members.get(client.id)
+        if before is not None:  # its own connection, which we did not know to be dead: it leaves
+            before.connection.close(
+                CloseCode.POLICY_VIOLATION, "the client came back by another connection"
+            )
         members[client.id] = client
         if isinstance(client, SocketIoClient):
             client.session.connect_deadline = NEVER
-            if before is not None:  # its own connection, which we did not know to be dead
-                members_before = cast(SocketIoClient, before)
-                members_before.connection.close(
-                    CloseCode.POLICY_VIOLATION, "the client came back by another connection"
-                )
 
     def leave(self, client: Client, reason: str) -> None:
         """A client is gone; its disconnect handler runs if it was let in at all."""
@@ -569,11 +484,15 @@ class WebSocketManager(ServedHub):
         del members[client.id]
         handler = self.handlers.get("disconnect")
         if handler is not None:
+            self.leaving += 1
+            client.connection.count_leaving(1)
             call = Call(handler, [client, reason], {})
-            self.commands.start_call(call, Context(client), lambda value, error: None)
+            left = functools.partial(self._left, client)
+            self.commands.start_call(call, Context(client), left)
 
-
-_connection_of = attrgetter("connection")
+    def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
+        self.leaving -= 1
+        client.connection.count_leaving(-1)
 
 
 def _function_of(method: Any) -> Any:
@@ -657,7 +576,7 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     if not isinstance(wanted, int | str) or isinstance(wanted, bool):
         raise InvalidParams('"id" must be the id of a running command')
     calls = request.client.calls
-    if calls is None or not calls.cancel(wanted):
+    if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
     return request.encode("command_response", {"cancelled": wanted})
 
@@ -741,7 +660,11 @@ def handle_other(client: Client, message: Any, size: int) -> bytes | None:
 def route(manager: WebSocketManager, exchange: Exchange) -> None:
     """Take an HTTP request whose head is there to what answers it. Raises RequestError."""
     head = exchange.head
-    exchange.origin = check_access(manager.config, head)
+    config, connection = manager.config, exchange.connection
+    if config.trust_proxy:
+        connection.forwarded_for = forwarded_for(config, connection.peer, head)
+    is_near = head.is_http_1_0 and connection.is_near
+    exchange.origin = check_access(config, head, is_near=is_near)
     if head.is_upgrade:
         return upgrade(manager, exchange)
     if "EIO" in head.query:
@@ -759,17 +682,20 @@ def _not_found() -> RequestError:
 def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
     """Answer a WebSocket handshake and open the door it asked for."""
     connection, head = exchange.connection, exchange.head
-    if head.body_bytes:
+    if head.has_body:
         raise InvalidRequest("a WebSocket handshake has no body")
     is_engine = "EIO" in head.query
     if is_engine:
         check_engine_handshake(head)
     elif head.path not in ("/ws", "/ws/"):
         raise _not_found()
-    if manager.is_draining or manager.is_full:
-        what = "shutting down" if manager.is_draining else "full (--max-clients)"
-        raise Unavailable(f"the server is {what}", headers={"Retry-After": "5"})
+    may_come_in = is_authorized(manager.config, head)  # else the token comes with CONNECT
+    if manager.is_draining or (manager.is_full and may_come_in):
+        text = "the server is shutting down" if manager.is_draining else FULL_TEXT
+        raise Unavailable(text, headers={"Retry-After": "5"})
     handshake = accept(head)
+    if may_come_in:
+        manager.seat(connection)
     (_open_socket_io if is_engine else _open_raw)(manager, exchange, handshake)
     connection.flush()
     if exchange.rest:
@@ -786,7 +712,8 @@ def _open_raw(manager: WebSocketManager, exchange: Exchange, handshake: bytes) -
 
 def _open_socket_io(manager: WebSocketManager, exchange: Exchange, handshake: bytes) -> None:
     head = exchange.head
-    session = SocketIoDoor(exchange.connection, manager, is_authorized(manager.config, head))
+    is_seated = exchange.connection in manager.seats
+    session = SocketIoDoor(exchange.connection, manager, is_authorized=is_seated)
     exchange.connection.upgrade(handshake, session, manager.config.engine_ping_interval_s)
     if head.query["EIO"][0] == "3":
         return refuse_old_client(session)

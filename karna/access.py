@@ -19,14 +19,17 @@ from karna.head import Head
 TOKEN_TEXT = "this server needs its token"
 
 
-def check_access(config: Config, head: Head) -> str | None:
+def check_access(config: Config, head: Head, *, is_near: bool = False) -> str | None:
     """Decide, for every door, whether this request may come in. Raises RequestError.
 
     Host: a web page whose name was rebound to this address names itself there. Origin: the page
     that asks. Token: what a page or a process that was let in must still know.
-    Returns the allowed origin that asks, for the CORS answer; None when it is no browser.
+    is_near: it comes from this machine; a load balancer there may ask for `/health` in HTTP/1.0
+    without a Host, which no browser does. Returns the allowed origin that asks, for the CORS
+    answer; None when it is no browser.
     """
-    check_host(config, head)
+    if not (is_near and head.is_bare_probe):
+        check_host(config, head)
     origin = check_origin(config, head)
     is_open = head.path in _OPEN_PATHS and not head.is_upgrade
     # A preflight carries no token, and the Socket.IO door takes its token with CONNECT.
@@ -74,7 +77,8 @@ def check_origin(config: Config, head: Head) -> str | None:
     """The allowed origin that asks, None when it is no browser. Raises RequestError."""
     origin = head.headers.get("origin")
     if origin is None:
-        if head.method == "POST" and head.headers.get("sec-fetch-site") == "cross-site":
+        # In, not equal: one that comes twice is no less cross-site.
+        if head.method == "POST" and "cross-site" in head.headers.get("sec-fetch-site", ""):
             raise Forbidden("cross-site request without an allowed Origin")
         return None
     if "origin" in head.repeated:
@@ -93,6 +97,23 @@ def check_origin(config: Config, head: Head) -> str | None:
 
 
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
+
+
+def forwarded_for(config: Config, peer: str, head: Head) -> str | None:
+    """The address of who asked a trusted proxy; None where `peer` is no such proxy.
+
+    The last of X-Forwarded-For that is no proxy of ours: what stands before it is anybody's word.
+    """
+    if peer not in config.trust_proxy:
+        return None
+    for each in reversed(head.headers.get("x-forwarded-for", "").split(",")):
+        address = each.strip()
+        if address not in config.trust_proxy:
+            return address if _ADDRESS.fullmatch(address) else None
+    return None
+
+
+_ADDRESS = re.compile(r"[0-9A-Fa-f:.]{2,45}")
 
 
 def is_authorized(config: Config, head: Head) -> bool:

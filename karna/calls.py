@@ -20,7 +20,8 @@ from orjson import dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
-from karna.connection import HOLD_CALLS, Connection, Phase
+from karna.connection import Connection
+from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
 from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain
@@ -67,7 +68,7 @@ class Client:
         self.manager = manager
         self.id = id
         self.auth: dict[str, Any] = {}
-        self.calls: Calls | None = None  # made when the first command does not end at once
+        self.calls: Calls | None = None  # its connection's, while it has something running there
 
     @property
     def is_present(self) -> bool:
@@ -86,8 +87,7 @@ class Client:
         """What every sending ends with: a program that sends in a loop must not be the only one."""
         if not self.is_present:
             raise ConnectionError(f"client {self.id} has left")
-        await self.connection.drained()
-        await self.connection.hub.turns.breathe()
+        await self.connection.written()
 
     async def emit(self, event: str, *args: Any) -> None:
         """Send a Socket.IO event; to a raw client, an envelope of that type.
@@ -111,7 +111,7 @@ class Client:
     def cancel_calls(self) -> None:
         """The client is gone: cancel its running commands, forget its waiting ones."""
         if self.calls is not None:
-            self.calls.abandon()
+            self.calls.abandon(self)
 
 
 class Request:
@@ -219,15 +219,26 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
     client = request.client
     if client.manager.is_draining:
         raise Unavailable("the server is shutting down")
-    calls = client.calls
-    if calls is None:
+    if client.calls is None:
         call = prepare(*args)
         if call.command.inline:
             return call_inline(request, call)
-        client.calls = Calls(client)
-        client.calls.run(request, call)
-        return None
-    return calls.submit(request, functools.partial(prepare, *args))
+        prepare, args = functools.partial(_as_it_is, call), ()
+    return calls_of(client).submit(request, functools.partial(prepare, *args))
+
+
+def _as_it_is(call: Call) -> Call:
+    return call
+
+
+def calls_of(client: Client) -> Calls:
+    """What runs on the client's connection; from now on its requests are counted there."""
+    connection = client.connection
+    if connection.calls is None:
+        connection.calls = Calls(connection, client.manager)
+    client.calls = connection.calls
+    client.calls.clients.add(client)
+    return client.calls
 
 
 def call_inline(request: Request, call: Call) -> bytes | None:
@@ -241,16 +252,21 @@ def call_inline(request: Request, call: Call) -> bytes | None:
 
 
 class Calls:
-    """What a client has running and waiting: its order, its limit, its cancellation.
+    """What a connection has running and waiting: its order, its limit, its cancellation.
 
     Requests run concurrently up to a limit and then wait in order; serial ones, which their client
-    could not tell apart, run one after another. When too many wait, the client is not read.
+    could not tell apart, run one after another. When too many wait, the connection is not read.
+    All its clients share this, those that have left included: what still runs of them counts.
     """
 
-    __slots__ = ("client", "parallel", "running", "serial", "serial_running")
+    __slots__ = (
+        "clients", "connection", "manager", "parallel", "running", "serial", "serial_running",
+    )  # fmt: skip
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
+    def __init__(self, connection: Connection, manager: Any) -> None:
+        self.connection = connection
+        self.manager = manager
+        self.clients: set[Client] = set()  # that are here and have asked
         self.running: set[Request] = set()
         self.serial_running: Request | None = None
         self.serial: deque[tuple[Request, Callable[[], Call]]] = deque()
@@ -268,57 +284,57 @@ class Calls:
 
     @property
     def _is_full(self) -> bool:
-        limit: int = self.client.manager.config.max_running_commands
+        limit: int = self.manager.config.max_running_commands
         return len(self.running) >= limit
 
     def _start(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
         call = prepare()
         if call.command.inline:
             return call_inline(request, call)
-        self.run(request, call)
+        self._run(request, call)
         return None
 
-    def run(self, request: Request, call: Call) -> None:
+    def _run(self, request: Request, call: Call) -> None:
         """Run the call in a task of its own."""
         request.started, request.is_done, request.job = perf_counter(), False, None
         self.running.add(request)
         if request.is_serial:
             self.serial_running = request
-        context = Context(self.client, functools.partial(self._progress, request))
+        progress = functools.partial(self._progress, request)
+        context = Context(request.client, progress, owner=self.connection)
         on_end = functools.partial(self._on_end, request)
-        request.job = self.client.manager.commands.start_call(call, context, on_end)
-        if self.client.calls is not self:  # from Python 3.12 on it has begun: its client has left
+        request.job = self.manager.commands.start_call(call, context, on_end)
+        if request.client.calls is not self:  # from Python 3.12 on it has begun: its client left
             request.job.cancel()
-
-    def _forget(self, request: Request) -> None:
-        self.running.discard(request)
-        if self.serial_running is request:
-            self.serial_running = None
-        request.is_done = True
 
     def _progress(self, request: Request, value: Any) -> Awaitable[None] | None:
         """One report; the command waits when its client reads slowly, and lets others turn."""
         if request.is_done:
             return None
         request.progress(value)
-        connection = self.client.connection
-        return connection.hub.turns.breathe() if connection.is_writable else connection.drained()
+        return self.connection.written()
 
     def _on_end(self, request: Request, value: Any, error: RequestError | None) -> None:
         """A command has ended, however it did: answer it, and start what waited for it."""
-        self._forget(request)
+        self.running.discard(request)
+        if self.serial_running is request:
+            self.serial_running = None
+        request.is_done = True
         code = "ok" if error is None else error.code
-        self.client.manager.metrics.count_task(code, perf_counter() - request.started)
-        if self.client.calls is not self:
-            return  # the client is gone
-        try:
-            answer = request.result(value) if error is None else request.refuse(error)
-        except FAULTS as exc:
-            answer = request.refuse(exc)
-        request.deliver(answer)
+        self.manager.metrics.count_task(code, perf_counter() - request.started)
+        if request.client.calls is self:  # it is still there
+            request.deliver(self._answer_to(request, value, error))
         self._start_waiting()
-        if not self.running and self.client.calls is self:
-            self.client.calls = None  # nothing waits either: the shorter way is open again
+        if not self.running:  # nothing waits either: the shorter way is open again
+            for client in self.clients:
+                client.calls = None
+            self.connection.calls = None
+
+    def _answer_to(self, request: Request, value: Any, error: RequestError | None) -> bytes | None:
+        try:
+            return request.result(value) if error is None else request.refuse(error)
+        except FAULTS as exc:
+            return request.refuse(exc)
 
     def _start_waiting(self) -> None:
         while not self._is_full:
@@ -336,7 +352,7 @@ class Calls:
             request.deliver(answer)
 
     def _count_waiting(self, count: int, size: int) -> None:
-        connection = self.client.connection
+        connection = self.connection
         connection.waiting += count
         connection.waiting_bytes += size
         if connection.waiting > MAX_WAITING or connection.waiting_bytes > MAX_WAITING_BYTES:
@@ -344,37 +360,48 @@ class Calls:
         else:
             connection.release(HOLD_CALLS)
 
-    def cancel(self, wanted: int | str) -> bool:
-        """Cancel the running or waiting requests of this id; were there any?"""
-        running = [request for request in self.running if request.id == wanted]
-        waiting = [entry for entry in self.parallel if entry[0].id == wanted]
+    def cancel(self, client: Client, wanted: int | str) -> bool:
+        """Cancel the client's running or waiting requests of this id; were there any?"""
+        running = [each for each in self._running_of(client) if each.id == wanted]
         for request in running:
             _cancel(request)
-        for entry in waiting:
-            self.parallel.remove(entry)
-            self._count_waiting(-1, -entry[0].size)
-            entry[0].deliver(entry[0].fail("cancelled", "cancelled before it began"))
+        waiting = self._forget_waiting(client, lambda each: each.id == wanted)
+        for request in waiting:
+            request.deliver(request.fail("cancelled", "cancelled before it began"))
         return bool(running or waiting)
 
-    def stop(self) -> None:
+    def stop(self, client: Client) -> None:
         """The server stops: refuse what waits, cancel what runs, and let the client know."""
-        for request, _ in (*self.serial, *self.parallel):
+        for request in self._forget_waiting(client):
             request.deliver(request.fail("unavailable", "the server is shutting down"))
-        self._end()
-
-    def abandon(self) -> None:
-        """The client is gone: nobody waits for an answer any more."""
-        self.client.calls = None
-        self._end()
-
-    def _end(self) -> None:
-        for request in tuple(self.running):
+        for request in self._running_of(client):
             _cancel(request)
-        waiting = [request for request, _ in (*self.serial, *self.parallel)]
-        self.serial.clear()
-        self.parallel.clear()
-        # Its connection may go on, with other namespaces or with this one again.
-        self._count_waiting(-len(waiting), -sum(request.size for request in waiting))
+
+    def abandon(self, client: Client) -> None:
+        """The client is gone: nobody waits for its answers any more."""
+        client.calls = None
+        self.clients.discard(client)
+        self._forget_waiting(client)
+        for request in self._running_of(client):
+            _cancel(request)
+
+    def _running_of(self, client: Client) -> list[Request]:
+        return [request for request in self.running if request.client is client]
+
+    def _forget_waiting(
+        self, client: Client, is_meant: Callable[[Request], bool] = lambda request: True
+    ) -> list[Request]:
+        """Take requests of a client out of the queues; the connection may go on with others."""
+        forgotten: list[Request] = []
+        for queue in (self.serial, self.parallel):
+            for _ in range(len(queue)):  # once round
+                entry = queue.popleft()
+                if entry[0].client is client and is_meant(entry[0]):
+                    forgotten.append(entry[0])
+                else:
+                    queue.append(entry)
+        self._count_waiting(-len(forgotten), -sum(request.size for request in forgotten))
+        return forgotten
 
 
 def _cancel(request: Request) -> None:

@@ -56,6 +56,9 @@ class Config:
         (), "origin of web pages that may connect, such as https://app.example", "ORIGIN")
     allow_host: tuple[str, ...] = _who(
         (), "host name this server is reached by, such as karna.example", "NAME")
+    trust_proxy: tuple[str, ...] = _who(
+        (), "address of a reverse proxy whose X-Forwarded-For names clients in the log",
+        "ADDRESS")
     insecure_no_token: bool = _who(
         False, "listen beyond this machine without a token: anyone who reaches it may command it")
 
@@ -161,7 +164,7 @@ _OPTION_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 def make_config(options: Mapping[str, Any]) -> Config:
     """Config from keyword options. Raises TypeError or ValueError that names the option."""
     values = dict(options)
-    for name in values.keys() & {"allow_origin", "allow_host", "namespaces"}:
+    for name in values.keys() & {"allow_origin", "allow_host", "trust_proxy", "namespaces"}:
         given = values[name] or ()
         given = (given,) if isinstance(given, str) else given
         values[name] = tuple(given) if isinstance(given, Iterable) else given

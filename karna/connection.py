@@ -22,11 +22,9 @@ Touches the hub it belongs to and the door it has; used by the doors and by the 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sys
 from collections.abc import Iterable
-from enum import Enum
 from typing import Any, cast
 
 from websockets.asyncio.server import Server as WebSocketServer
@@ -35,68 +33,34 @@ from websockets.frames import BINARY, CONT, TEXT, CloseCode, Frame
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
+from karna.door import (
+    HOLD_CLOSED,
+    HOLD_LEAVING,
+    HOLD_TURN,
+    HOLD_WRITES,
+    NEVER,
+    Door,
+    Phase,
+)
 from karna.errors import FAULTS
 from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
 from karna.reader import FLUSH_BYTES, EpollReader
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
+MAX_LEAVING = 4  # disconnect handlers of one connection at a time
 MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others
 FLUSH_FRAMES = 64  # joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 
-NEVER = math.inf
-
-
-class Phase(Enum):
-    """Where a socket is in its life; what arrives is read accordingly."""
-
-    HTTP = "http"  # requests, one after another, until one of them upgrades
-    OPEN = "open"  # WebSocket frames
-    CLOSING = "closing"  # a close frame or a last answer is out; the peer may still read
-    CLOSED = "closed"
-
-
 _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
-# Reasons not to read a client, as bits.
-HOLD_WRITES = 1  # it does not read: its answers pile up
-HOLD_CALLS = 2  # too many of its requests wait for running commands
-HOLD_CONNECT = 4  # its connect handler is still deciding
-HOLD_CLOSED = 8  # nothing that still arrives counts
-HOLD_TURN = 16  # it has had its turn: others are served before it goes on
-HOLD_ANSWER = 32  # it pipelines HTTP requests faster than they are answered
 
-
-class Door:
-    """What a Connection hands what it has read: bytes before an upgrade, then messages."""
-
-    __slots__ = ()
-
-    def take(self, data: bytes) -> None:
-        """Handle bytes that are no WebSocket's; what is left of them goes to `connection.keep`."""
-        raise NotImplementedError
-
-    def receive(self, payload: bytes, is_text: bool) -> bytes | None:
-        """Handle one message; the text to send now, if any. May raise: see `failed`."""
-        raise NotImplementedError
-
-    def failed(self) -> bytes | None:
-        """What is said where a bug of ours kept a message from being handled; already logged."""
-        return None
-
-    def take_end(self) -> bool:
-        """The peer sends no more, before an upgrade; is an answer to it still to come?"""
-        return False
-
-    def on_deadline(self, now: float) -> None:
-        """The connection's deadline has passed: heartbeat, or time-outs of the door's own."""
-        raise NotImplementedError
-
-    def leave(self) -> None:
-        """The connection closes: cancel what runs for it."""
-        raise NotImplementedError
+def peer_address(transport: asyncio.BaseTransport) -> str:
+    """The IP address at the other end; empty for a Unix socket, or once it is closed."""
+    name = transport.get_extra_info("peername")
+    return str(name[0]) if isinstance(name, tuple) else ""
 
 
 class Connection(ServerConnection):
@@ -105,8 +69,9 @@ class Connection(ServerConnection):
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
         "_drained", "_holds", "_need", "_parts", "_parts_are_text", "_queue", "_tail", "allowance",
-        "deadline", "door", "fd", "heard", "hub", "is_queueing", "loop", "name", "next_ping",
-        "phase", "pinged_at", "protocol", "reader", "transport", "waiting", "waiting_bytes",
+        "calls", "deadline", "door", "fd", "forwarded_for", "heard", "hub", "is_queueing",
+        "leaving", "loop", "name", "next_ping", "phase", "pinged_at", "protocol", "reader",
+        "transport", "waiting", "waiting_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -121,11 +86,14 @@ class Connection(ServerConnection):
         self.phase = Phase.HTTP
         self.deadline = self.loop.time() + hub.config.open_timeout_s
         self.heard = True
+        self.forwarded_for: str | None = None  # its peer's address, where a proxy is trusted
         self.fd = -1  # of its socket, if we may use that ourselves
         self.reader: EpollReader | None = None  # who reads it in place of the transport
         self.next_ping = NEVER
         self.pinged_at: float | None = None
         self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
+        self.calls: Any = None  # what its clients have running and waiting, while there is any
+        self.leaving = 0  # its disconnect handlers that run
         self.waiting = 0  # requests, all namespaces together, that wait for a command to end
         self.waiting_bytes = 0
         self.is_queueing = False  # until the next flush frames are queued, to leave together
@@ -137,6 +105,27 @@ class Connection(ServerConnection):
         self._parts: list[bytes] | None = None  # of a fragmented message
         self._parts_are_text = False
         self.door: Door = hub.first_door(self)
+
+    @property
+    def is_dispensable(self) -> bool:
+        """May it give way to a newcomer, if it has not been let in?"""
+        return self.phase is not Phase.HTTP or self.door.is_idle
+
+    @property
+    def peer(self) -> str:
+        """The IP address at the other end; empty for a Unix socket."""
+        return peer_address(self.transport)
+
+    @property
+    def is_near(self) -> bool:
+        """Is its peer on this machine, by loopback or a Unix socket?"""
+        address = self.peer
+        return not address or address.startswith("127.") or address == "::1"
+
+    @property
+    def who(self) -> str:
+        """As logs name it: with its peer's address, or what a trusted proxy says that is."""
+        return f"{self.name} {self.forwarded_for or self.peer or ''}".rstrip()
 
     # What asyncio calls.
 
@@ -388,7 +377,7 @@ class Connection(ServerConnection):
 
     def _drop_slow(self) -> None:
         """It reads too slowly: it gets no more, and may come back through its offset."""
-        self.hub.drop(self.name, "slow")
+        self.hub.drop(self.who, "slow")
         limit = self.hub.config.max_unsent_bytes
         self.close(CloseCode.TRY_AGAIN_LATER, f"over {limit} bytes unread (--max-unsent)")
 
@@ -428,8 +417,9 @@ class Connection(ServerConnection):
         """Does the client read as fast as we write?"""
         return not self._holds & HOLD_WRITES
 
-    async def drained(self) -> None:
-        """Wait while the client reads more slowly than we write to it."""
+    async def written(self) -> None:
+        """Wait while the client reads more slowly than we write to it; let others have a turn."""
+        await self.hub.turns.breathe()
         if self._holds & HOLD_WRITES and self.phase is _OPEN:
             if self._drained is None:
                 self._drained = self.loop.create_future()
@@ -499,6 +489,14 @@ class Connection(ServerConnection):
             # Not now: the caller may be in the middle of handling another message.
             self.hub.turns.wait(self.read_kept)
 
+    def count_leaving(self, count: int) -> None:
+        """Disconnect handlers begin or end: who joins and leaves in turn waits for them."""
+        self.leaving += count
+        if self.leaving > MAX_LEAVING:
+            self.hold(HOLD_LEAVING)
+        else:
+            self.release(HOLD_LEAVING)
+
     def _pause_reading(self) -> None:
         if self.reader is not None:
             self.reader.remove(self)
@@ -558,7 +556,7 @@ class Connection(ServerConnection):
         if self.heard or self._holds & ~HOLD_WRITES:  # while we don't read it, we can't hear it
             self.pinged_at = None
         if self.pinged_at is not None and now >= self.pinged_at + timeout_s:
-            self.hub.drop(self.name, "silent")
+            self.hub.drop(self.who, "silent")
             self.close(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
             return self.abort()
         if now >= self.next_ping:
@@ -589,6 +587,7 @@ class Connection(ServerConnection):
             return
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
+        self.hub.seats.discard(self)
         self.door.leave()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:

@@ -23,14 +23,18 @@ class Context:
     a thread that cannot be cancelled at all.
     """
 
-    __slots__ = ("_ended", "_loop", "_loop_thread", "_report", "_send", "client")
+    __slots__ = ("_ended", "_loop", "_loop_thread", "_report", "_send", "client",
+                 "owner")  # fmt: skip
 
     def __init__(
         self,
         client: Any = None,
         send_progress: Callable[[Any], Awaitable[None] | None] | None = None,
+        *,
+        owner: Any = None,
     ) -> None:
         self.client = client
+        self.owner = client if owner is None else owner  # whose share of the threads it takes
         self._send = send_progress
         self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -26,13 +26,25 @@ class Head(NamedTuple):
     query: dict[str, list[str]]
     headers: Mapping[str, str]  # names in lower case; a repeated header's values joined by ", "
     repeated: frozenset[str]  # names that occur more than once
-    body_bytes: int
+    body_bytes: int  # 0 too where it is chunked
+    is_chunked: bool
     is_http_1_0: bool
+
+    @property
+    def has_body(self) -> bool:
+        """Does a body follow?"""
+        return self.is_chunked or self.body_bytes > 0
 
     @property
     def is_upgrade(self) -> bool:
         """Does it ask for a WebSocket?"""
         return "websocket" in self.headers.get("upgrade", "").lower()
+
+    @property
+    def is_bare_probe(self) -> bool:
+        """Is it what a load balancer sends: HTTP/1.0 to `/health`, no Host, no Origin?"""
+        is_bare = "host" not in self.headers and "origin" not in self.headers
+        return self.is_http_1_0 and is_bare and self.path == "/health"
 
     @property
     def is_last(self) -> bool:
@@ -60,20 +72,38 @@ def parse_head(head: bytes) -> Head:
     match = _HEAD.fullmatch(head)
     if match is None:
         raise InvalidRequest("malformed HTTP head")
-    path, _, query_text = match["target"].decode().partition("?")
+    headers, repeated = _merge_headers(lines[1:-2])
+    target = match["target"].decode()
+    absolute = _ABSOLUTE.match(target)
+    if absolute is not None:  # its authority takes the place of Host (RFC 9112, 3.2.2)
+        headers["host"], target = absolute["authority"], absolute["rest"] or "/"
+    path, _, query_text = target.partition("?")
     if not path.startswith("/"):
         raise InvalidRequest("the request target must be a path")
-    headers, repeated = _merge_headers(lines[1:-2])
-    if "transfer-encoding" in headers:
-        raise InvalidRequest("a body needs Content-Length", status=411)
     try:
         query = parse_qs(query_text, True, max_num_fields=100) if query_text else {}
     except ValueError:
         raise InvalidRequest("the query has too many fields") from None
+    is_http_1_0 = match["minor"] == b"0"
+    is_chunked = _is_chunked(headers, is_http_1_0)
     return Head(
         match["method"].decode(), path, query, headers, repeated,
-        _content_length(headers, repeated), match["minor"] == b"0",
+        _content_length(headers, repeated), is_chunked, is_http_1_0,
     )  # fmt: skip
+
+
+_ABSOLUTE = re.compile(r"https?://(?P<authority>[^/?]+)(?P<rest>.*)", re.IGNORECASE)
+
+
+def _is_chunked(headers: Mapping[str, str], is_http_1_0: bool) -> bool:
+    coding = headers.get("transfer-encoding")
+    if coding is None:
+        return False
+    if "content-length" in headers or is_http_1_0:  # who sees it otherwise could be deceived
+        raise InvalidRequest("a body has Content-Length or Transfer-Encoding, not both")
+    if coding.strip().lower() != "chunked":
+        raise InvalidRequest("chunked is the only Transfer-Encoding understood", status=501)
+    return True
 
 
 def _merge_headers(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
@@ -109,3 +139,73 @@ def _head_too_large(head: bytes) -> RequestError:
     if b"\r\n" not in head[:MAX_HEAD_LINE_BYTES]:
         return RequestError("the request line is too long", code="too_large", status=414)
     return RequestError("the request's headers are too large", code="too_large", status=431)
+
+
+class ChunkedBody:
+    """A body that arrives in chunks (RFC 9112, 7.1), put together. Trailers are dropped."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.data = bytearray()
+        self._max_bytes = max_bytes
+        self._chunks = 0
+        self._left = 0  # bytes of this chunk that are still to come, and its end
+        self._is_last = False
+
+    def take(self, data: bytes) -> tuple[bytes, bool]:
+        """Take what arrived; what is left of it, and whether the body is whole.
+
+        What is left before the body is whole is to be given again with what follows it. Raises
+        RequestError for what is malformed or too long.
+        """
+        position = 0
+        while not self._is_last or position < len(data):
+            if self._left:
+                position = self._take_chunk(data, position)
+                if self._left:
+                    break
+                continue
+            end = data.find(b"\r\n", position, position + MAX_CHUNK_LINE_BYTES)
+            if end < 0:
+                if len(data) - position >= MAX_CHUNK_LINE_BYTES:
+                    raise InvalidRequest("malformed chunk")
+                break
+            line, position = data[position:end], end + 2
+            if self._is_last and not line:
+                return data[position:], True
+            if not self._is_last:
+                self._begin_chunk(line)
+        return data[position:], False
+
+    def _begin_chunk(self, line: bytes) -> None:
+        match = _CHUNK.fullmatch(line)
+        if match is None:
+            raise InvalidRequest("malformed chunk")
+        size = int(match[1], 16)
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            raise RequestError("the body has too many chunks", code="too_large")
+        if len(self.data) + size > self._max_bytes:
+            raise body_too_large(self._max_bytes)
+        self._is_last = size == 0
+        self._left = size + 2 if size else 0
+
+    def _take_chunk(self, data: bytes, position: int) -> int:
+        """Take what is there of a chunk and of the line's end behind it."""
+        taken = data[position : position + self._left]
+        self._left -= len(taken)
+        self.data += taken
+        if not self._left:
+            if self.data[-2:] != b"\r\n":
+                raise InvalidRequest("malformed chunk")
+            del self.data[-2:]
+        return position + len(taken)
+
+
+MAX_CHUNKS = 4096  # as fragments of a message: tiny ones cost much time
+MAX_CHUNK_LINE_BYTES = 1024  # a size, extensions nobody uses, or a trailer
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", re.DOTALL)
+
+
+def body_too_large(limit: int) -> RequestError:
+    """For a body over the limit."""
+    return RequestError(f"the body is over {limit} bytes (--max-body)", code="too_large")

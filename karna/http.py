@@ -19,11 +19,12 @@ from http import HTTPStatus
 from typing import Any
 
 from karna.calls import Client, Request
-from karna.connection import HOLD_ANSWER, NEVER, SLOWEST_READER_BYTES_S, Connection, Door, Phase
+from karna.connection import SLOWEST_READER_BYTES_S, Connection
+from karna.door import HOLD_ANSWER, NEVER, Door, Phase
 from karna.envelopes import INTERNAL_ERROR, encode_error
 from karna.errors import HTTP_STATUS, InvalidRequest, RequestError, explain
-from karna.head import MAX_HEAD_BYTES, Head, check_partial_head, parse_head
-from karna.log import log
+from karna.head import MAX_HEAD_BYTES, ChunkedBody, Head, body_too_large, check_partial_head
+from karna.head import parse_head
 from karna.text import encodable
 
 MAX_PIPELINED_BYTES = 64 * 1024  # that wait for an answer; then the connection is not read
@@ -49,11 +50,12 @@ class Exchange(Door):
     """
 
     __slots__ = (
-        "_handler", "_has_begun", "_has_ended", "_is_first", "_rest", "_stage", "client",
+        "_chunks", "_handler", "_has_begun", "_has_ended", "_is_first", "_rest", "_stage", "client",
         "connection", "head", "is_last", "origin", "route",
     )  # fmt: skip
     head: Head  # from the end of Stage.HEAD on
     _handler: Handler
+    _chunks: ChunkedBody | None
 
     def __init__(self, connection: Connection, route: Callable[[Exchange], None]) -> None:
         self.connection = connection
@@ -92,7 +94,7 @@ class Exchange(Door):
             self.head = parse_head(data[: end + 4])
             self._rest = data[end + 4 :]
             self.is_last = self.head.is_last
-            self._stage = Stage.BODY if self.head.body_bytes else Stage.ANSWERING
+            self._stage = Stage.BODY if self.head.has_body else Stage.ANSWERING
             self.route(self)
         except Exception as exc:
             self.fail(exc)
@@ -113,10 +115,11 @@ class Exchange(Door):
             self._check_body()
         limit = self.connection.hub.config.max_body_bytes
         if head.body_bytes > limit:
-            raise RequestError(f"the body is over {limit} bytes (--max-body)", code="too_large")
-        if len(self._rest) < head.body_bytes and head.expects_continue:
+            raise body_too_large(limit)
+        if head.expects_continue and (head.is_chunked or len(self._rest) < head.body_bytes):
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._handler = handler
+        self._chunks = ChunkedBody(limit) if head.is_chunked else None
         self._take_body(self._rest)
 
     def _check_body(self) -> None:
@@ -125,24 +128,35 @@ class Exchange(Door):
         if kind not in JSON_TYPES:
             message = "the body must be JSON, with Content-Type: application/json"
             raise InvalidRequest(message, status=415)
-        if "content-length" not in self.head.headers:
+        if "content-length" not in self.head.headers and not self.head.is_chunked:
             raise InvalidRequest("a body needs Content-Length", status=411)
 
     def _take_body(self, data: bytes) -> None:
         """Collect the body, by the deadline of the head; handle the request when it is whole."""
+        if self._chunks is not None:
+            return self._take_chunks(data, self._chunks)
         size = self.head.body_bytes
         if len(data) < size:
             return self._wait_for(data, size)
+        return self._handle(data[:size], data[size:])
+
+    def _take_chunks(self, data: bytes, chunks: ChunkedBody) -> None:
+        try:
+            rest, is_whole = chunks.take(data)
+        except RequestError as error:
+            return self.fail(error)
+        return self._handle(bytes(chunks.data), rest) if is_whole else self._wait_for(rest)
+
+    def _handle(self, body: bytes, rest: bytes) -> None:
         self._stage = Stage.ANSWERING
-        self._rest = data[size:]
+        self._rest = rest
         self.connection.deadline = NEVER  # the command's own time limit holds
         if self._has_ended:
             self._set_probe()
         try:
-            self._handler(self, data[:size])
+            self._handler(self, body)
         except Exception as exc:
             self.fail(exc)
-        return None
 
     def _wait_for(self, data: bytes, need: int = 0) -> None:
         """Keep what has arrived, unless nothing can follow it."""
@@ -241,8 +255,8 @@ class Exchange(Door):
             return self.answer(500, INTERNAL_ERROR)
         text = explain(exc)
         hub.metrics.refusals[exc.code] += 1
-        if exc.code == "forbidden" and hub.log_gate.admits(text[:300]):
-            log.warning("%s refused: %s", self.connection.name, text)
+        if exc.code == "forbidden":
+            hub.log_gate.warning("refused", "%s refused: %s", self.connection.who, text)
         body = exc.body or encode_error(exc.code, encodable(text), **exc.data)
         return self.answer(exc.status, body, headers=exc.headers)
 

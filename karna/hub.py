@@ -14,20 +14,28 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from karna.config import Config
-from karna.errors import StartError
-from karna.log import LogGate, log
+from karna.errors import StartError, explain
+from karna.log import LogGate
 from karna.metrics import Metrics
 from karna.reader import EpollReader, Readable, Turns
 from karna.work import Tasks
 
-PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; more are cut at once
+PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; the oldest give way
+MAX_LOOKS = 256  # at sockets that might give way to a new one; more would take a turn's time
 
 
 class Swept(Protocol):
     """What the hub needs of a socket."""
 
-    name: str
     deadline: float
+
+    @property
+    def who(self) -> str:
+        """As logs name it."""
+
+    @property
+    def is_dispensable(self) -> bool:
+        """May it give way to a newcomer, if it has not been let in?"""
 
     def on_deadline(self, now: float) -> None:
         """`deadline`, in the loop's time, has passed."""
@@ -44,6 +52,9 @@ class Hub:
 
     def __init__(self) -> None:
         self.connections: set[Any] = set()  # of Swept; each room knows them by what it needs
+        self.pending: dict[Any, None] = {}  # those not let in yet, the oldest first
+        self.seats: set[Any] = set()  # those that were let in, and have not left
+        self.leaving = 0  # disconnect handlers that run: each keeps its client's place
         self.names = itertools.count(1)  # of connections, in logs
         self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
         self.metrics = Metrics()
@@ -55,6 +66,7 @@ class Hub:
         self.reader = None
         self.when_empty: asyncio.Event | None = None  # set when the last socket is closed
         self.config = Config()
+        self.max_clients = self.config.max_clients  # fewer where there are no more descriptors
         self.max_message_bytes = self.config.max_message_bytes
 
     def first_door(self, connection: Any) -> Any:
@@ -90,39 +102,52 @@ class Hub:
     # Sockets.
 
     def adopt(self, connection: Swept) -> None:
-        """A socket was accepted."""
-        if len(self.connections) >= self.config.max_clients + PENDING_CONNECTIONS:
-            self.metrics.refusals["too many sockets"] += 1
-            if self.log_gate.admits("too many sockets"):
-                log.warning("%s cut: too many sockets (--max-clients)", connection.name)
-            connection.abort()
+        """A socket was accepted. Where there are too many, who was not let in gives way."""
         self.connections.add(connection)
+        self.pending[connection] = None
+        if len(self.connections) > self.max_clients + PENDING_CONNECTIONS:
+            oldest = itertools.islice(self.pending, MAX_LOOKS)
+            victim = next((each for each in oldest if each.is_dispensable), connection)
+            self.metrics.refusals["too many sockets"] += 1
+            text = "%s cut: too many sockets (--max-clients)"
+            self.log_gate.warning("too many sockets", text, victim.who)
+            self.release(victim)  # now: it may take a turn of the loop until it is closed
+            victim.abort()
+
+    def seat(self, connection: Swept) -> None:
+        """A peer may come in: its place is its own until it leaves."""
+        self.pending.pop(connection, None)
+        self.seats.add(connection)
+
+    @property
+    def is_full(self) -> bool:
+        """Are there as many clients as there may be?"""
+        return len(self.seats) + self.leaving >= self.max_clients
 
     def release(self, connection: Swept) -> None:
         """A socket is closed."""
         self.connections.discard(connection)
+        self.pending.pop(connection, None)
+        self.seats.discard(connection)
         if not self.connections and self.when_empty is not None:
             self.when_empty.set()
 
     def drop(self, name: str, reason: str) -> None:
         """Count and log that a connection is closed for a fault of its peer."""
         self.metrics.drops[reason] += 1
-        if self.log_gate.admits(f"dropped, {reason}"):
-            log.warning("%s dropped: %s", name, reason)
+        self.log_gate.warning(f"dropped, {reason}", "%s dropped: %s", name, reason)
 
     def log_error(self, what: str, exc: BaseException) -> None:
         """Log a bug of ours, or of a program's code, with its traceback."""
-        if self.log_gate.admits("error"):
-            # The traceback ends with the exception's text, or says that it has none to show.
-            log.error("%s: %s", what, type(exc).__name__, exc_info=exc)
+        self.log_gate.error(what, exc)
 
     def log_loop_error(
         self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
     ) -> None:
         """What asyncio could tell nobody else, such as no descriptors left to accept with."""
         exc = context.get("exception")
-        if self.log_gate.admits(f"loop, {type(exc).__name__}"):
-            log.error("%s: %s", context["message"], exc)
+        kind = f"loop, {type(exc).__name__}"
+        self.log_gate.warning(kind, "%s: %s", context["message"], explain(exc) if exc else "")
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run `work` in a task of this server, which ends with it."""
@@ -149,5 +174,5 @@ class Hub:
                 try:
                     connection.on_deadline(now)
                 except Exception as exc:
-                    self.log_error(f"{connection.name} deadline failed", exc)
+                    self.log_error(f"{connection.who} deadline failed", exc)
                     connection.abort()

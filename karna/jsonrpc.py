@@ -6,12 +6,16 @@ the top: `handle` runs one request, `parameters` names what a method takes by po
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from orjson import dumps
 
 from karna.calls import Client, Request
+from karna.connection import MAX_MESSAGES
+from karna.door import HOLD_BATCH
 from karna.envelopes import encode_json
 
 MAX_BATCH = 256  # requests in one message
@@ -72,21 +76,43 @@ class JsonRpcRequest(Request):
 
 
 class Batch:
-    """The answers of one batch, sent together when the last one is there."""
+    """The requests of one batch, handled some a turn, and their answers, sent together."""
 
-    __slots__ = ("answers", "size")
+    __slots__ = ("_answers", "_client", "_item_bytes", "_items", "_methods", "_wanted")
 
-    def __init__(self, size: int) -> None:
-        self.answers: list[bytes] = []
-        self.size = size
+    def __init__(self, client: Client, items: list[Any], item_bytes: int, methods: Methods) -> None:
+        self._client = client
+        self._items = iter(items)
+        self._item_bytes = item_bytes  # of one on average, for the bound on what waits
+        self._methods = methods
+        self._answers: list[bytes] = []
+        self._wanted = sum(not is_notification(item) for item in items)
 
     def add(self, answer: bytes | None) -> bytes | None:
         """Add one answer; the whole batch once it is complete."""
         if answer is None:
             return None
-        self.answers.append(answer)
-        is_whole = len(self.answers) == self.size
-        return b"[" + b",".join(self.answers) + b"]" if is_whole else None
+        self._answers.append(answer)
+        is_whole = len(self._answers) == self._wanted
+        return b"[" + b",".join(self._answers) + b"]" if is_whole else None
+
+    def go_on(self) -> bytes | None:
+        """Handle the next requests; the whole answer, if it is complete by then."""
+        whole, connection = None, self._client.connection
+        for item in itertools.islice(self._items, MAX_MESSAGES):
+            request = JsonRpcRequest(self._client, item, self._item_bytes, self)
+            whole = self.add(_handle_one(request, item, self._methods)) or whole
+        if operator.length_hint(self._items):
+            connection.hold(HOLD_BATCH)
+            connection.hub.turns.wait(self._have_turn)
+        return whole
+
+    def _have_turn(self) -> None:
+        self._client.connection.release(HOLD_BATCH)
+        if self._client.is_present:
+            whole = self.go_on()
+            if whole is not None:
+                self._client.deliver(whole, None)
 
 
 def is_json_rpc(message: Any) -> bool:
@@ -109,12 +135,7 @@ def handle_json_rpc(client: Client, message: Any, size: int, methods: Methods) -
     if not message or len(message) > MAX_BATCH:
         request = JsonRpcRequest(client, None, size, None)
         return request.fail("invalid_request", f"a batch holds 1 to {MAX_BATCH} requests")
-    batch = Batch(sum(not is_notification(item) for item in message))
-    whole = None
-    for item in message:
-        request = JsonRpcRequest(client, item, size // len(message), batch)
-        whole = batch.add(_handle_one(request, item, methods)) or whole
-    return whole
+    return Batch(client, message, size // len(message), methods).go_on()
 
 
 def refuse_json(client: Client, size: int) -> bytes | None:

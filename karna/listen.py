@@ -26,9 +26,11 @@ from websockets.asyncio.server import unix_serve as websockets_unix_serve
 from karna.access import is_ip_address
 from karna.config import Config
 from karna.errors import StartError
+from karna.hub import PENDING_CONNECTIONS
 from karna.log import log
 
 BACKLOG = 512  # connections the kernel completes while we are busy
+SPARE_DESCRIPTORS = 64  # for programs, model servers, Redis, files, and who is being closed
 
 _library_log = logging.getLogger("karna_ws.websockets")
 _library_log.setLevel(logging.ERROR)  # it would log each connection twice
@@ -63,7 +65,9 @@ class Listener:
             "start_serving": False,
         }
         if config.certfile:
-            options["ssl"] = make_tls_context(config)
+            from karna.tls import entrances  # with ssl; most start without
+
+            options["create_connection"] = entrances(config, create_connection)
         try:
             self.server = await self._bind(options)
         except OSError as error:
@@ -123,6 +127,32 @@ class Listener:
             with suppress(OSError):  # gone already
                 if os.path.samestat(os.stat(path), self._unix_file):
                     os.unlink(path)
+
+
+def fit_descriptors(max_clients: int) -> int:
+    """Get descriptors for so many clients, as far as the system allows; for how many there are.
+
+    The soft limit of this process is raised, as web servers do. A socket that can't be accepted
+    for want of a descriptor would be cut without a word, `/health` included.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows: no such limit
+        return max_clients
+    wanted = max_clients + PENDING_CONNECTIONS + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_endless = hard == resource.RLIM_INFINITY
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        granted = wanted if is_endless else min(wanted, hard)
+        with suppress(OSError, ValueError):  # macOS has another limit besides
+            resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_clients
+    fitting = max(1, soft - PENDING_CONNECTIONS - SPARE_DESCRIPTORS)
+    text = "room for %d clients only, not %d: the system allows %d descriptors (ulimit -n)"
+    log.warning(text, fitting, max_clients, soft)
+    return fitting
 
 
 async def _unused_handler(connection: ServerConnection) -> None:
@@ -194,45 +224,43 @@ def _explain_bind(config: Config, error: OSError) -> str:
     return f"can't listen on {where}: {reason}"
 
 
-def make_tls_context(config: Config) -> Any:
-    """The TLS context of --certfile and --keyfile. Raises StartError."""
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(cast(str, config.certfile), config.keyfile)
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or error
-        raise StartError(f"can't use the TLS certificate {config.certfile}: {reason}") from None
-    return context
-
-
 @contextmanager
 def stopping_on_signals(stop: Callable[[], Any], kill: Callable[[], None]) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGINT call `stop`; a second one ends the process at once.
 
+    Several servers may do so in one loop: one signal stops them all.
     kill: what must end with the process, such as programs that it started.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals; the program decides
         return
     loop = asyncio.get_running_loop()
-    is_stopping = False
-
-    def on_signal(number: int) -> None:
-        nonlocal is_stopping
-        if is_stopping:
-            kill()
-            os._exit(128 + number)
-        is_stopping = True
-        log.info("%s: stopping", signal.Signals(number).name)
-        stop()
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, on_signal, number)
+    stops = _stops.setdefault(loop, {})
+    stops[stop] = True
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, _on_signal, loop, number, kill)
     try:
         yield
     finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+        del stops[stop]
+        if not stops:
+            del _stops[loop]
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What is to be stopped, of each loop that serves; false once it was told.
+_stops: dict[asyncio.AbstractEventLoop, dict[Callable[[], Any], bool]] = {}
+
+
+def _on_signal(loop: asyncio.AbstractEventLoop, number: int, kill: Callable[[], None]) -> None:
+    stops = _stops[loop]
+    waiting = [stop for stop, is_new in stops.items() if is_new]
+    if not waiting:
+        kill()
+        os._exit(128 + number)
+    log.info("%s: stopping", signal.Signals(number).name)
+    for stop in waiting:
+        stops[stop] = False
+        stop()

@@ -162,6 +162,8 @@ def encode_namespace(name: str) -> bytes:
 def _extract_attachments(value: Any, found: list[bytes], depth: int = 0) -> Any:
     """A copy of `value` with placeholders for bytes, which are appended to `found`."""
     if isinstance(value, bytes | bytearray | memoryview):
+        if len(found) >= MAX_ATTACHMENTS:
+            raise ValueError(f"a packet holds {MAX_ATTACHMENTS} attachments at most")
         found.append(bytes(value))
         return {"_placeholder": True, "num": len(found) - 1}
     if depth > MAX_JSON_DEPTH:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from websockets.frames import CloseCode
 
-from karna.calls import Client, CommandHub
+from karna.broadcasts import BroadcastHub
 from karna.config import Config
-from karna.connection import Connection, Phase
+from karna.connection import Connection
+from karna.door import Phase
 from karna.errors import StartError
 from karna.http import Exchange
-from karna.listen import Listener
+from karna.listen import Listener, fit_descriptors
 from karna.log import log
 from karna.service import Monitor, Service
 
@@ -33,11 +33,10 @@ CANCEL_S = 5.0  # for cancelled commands to clean up; work.CANCEL_WAIT_S is insi
 BACKPLANE_S = 2.0  # to load history from Redis before the first client is let in
 
 
-class ServedHub(CommandHub):
+class ServedHub(BroadcastHub):
     """What the server needs of the manager at the top."""
 
     services: dict[str, Service]
-    backplane: RedisBackplane | None
 
     def configure(self, config: Config) -> None:
         """Take new options."""
@@ -49,18 +48,6 @@ class ServedHub(CommandHub):
 
     def begin_draining(self) -> None:
         """Start no command any more; answer what runs."""
-        raise NotImplementedError
-
-    def flush_broadcasts(self) -> None:
-        """Write what was broadcast in this turn of the loop."""
-        raise NotImplementedError
-
-    def count_clients(self) -> int:
-        """Clients that a broadcast goes to."""
-        raise NotImplementedError
-
-    def all_clients(self) -> Sequence[Client]:
-        """Every client that broadcasts go to."""
         raise NotImplementedError
 
 
@@ -87,6 +74,7 @@ class Server:
         if manager.loop is not None:
             raise StartError("this manager is served already")
         manager.configure(self.config)
+        manager.max_clients = fit_descriptors(self.config.max_clients)
         manager.use_backplane(self._make_backplane())
         await self.listener.bind(functools.partial(Connection, manager))
         try:
@@ -143,6 +131,9 @@ class Server:
         self.listener.stop_accepting()
         manager.flush_broadcasts()
         for connection in tuple(manager.connections):
+            if not isinstance(connection, Connection):
+                connection.abort()  # it is still in its TLS handshake
+                continue
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
             if connection.phase is Phase.HTTP and connection.door.is_idle:
                 connection.abort()  # it has asked for nothing
@@ -164,11 +155,12 @@ class Server:
         until = time.monotonic() + self.config.grace_s
         for work in works:
             await work.wait(max(0.0, until - time.monotonic()))
-        doors = [connection.door for connection in manager.connections]
+        open_ones = [each for each in manager.connections if isinstance(each, Connection)]
+        doors = [connection.door for connection in open_ones]
         asking = [door.client for door in doors if isinstance(door, Exchange) and door.client]
         for client in [*manager.all_clients(), *asking]:
             if client.calls is not None:
-                client.calls.stop()
+                client.calls.stop(client)
         for work in works:
             await work.wait(CANCEL_S)
 

@@ -20,13 +20,13 @@ from orjson import dumps
 from websockets.frames import CloseCode
 
 from karna.calls import Client, Request
-from karna.connection import HOLD_CONNECT, Connection, Door
+from karna.connection import Connection
+from karna.door import HOLD_CONNECT, Door
 from karna.envelopes import encode_json
 from karna.errors import BadPacket, RequestError
 from karna.frames import ENGINE_PING_FRAME, frame_binary, frame_text
 from karna.head import Head
 from karna.history import replay_bytes
-from karna.log import log
 from karna.packets import (
     EVENT_KINDS,
     MAX_ACK_DIGITS,
@@ -98,7 +98,7 @@ class SocketIoClient(Client):
         self.connection.allow(replay_bytes(missed or ()))
         self.session.connected[encode_namespace(self.namespace)] = self
         for each, envelope in missed or ():
-            self.send_frame(frame_text(encode_broadcast(self.event_head, envelope, each)))
+            self.send_missed(each, envelope)
         answer = {"sid": self.id}
         if self.manager.recovers:
             if missed is None:  # with its old pid it would take itself for recovered
@@ -108,6 +108,11 @@ class SocketIoClient(Client):
         self.send_packet(Packet(PacketType.CONNECT, self.namespace, answer))
         for frame in held:
             self.send_frame(frame)
+
+    def send_missed(self, offset: str, envelope: bytes) -> None:
+        """Send one broadcast of a replay: before the CONNECT answer, as its client wants it."""
+        frame = frame_text(encode_broadcast(self.event_head, envelope, offset))
+        self.connection.send_frame(frame)
 
     def refuse(self, message: str) -> None:
         """Answer its CONNECT with an error; it is no client any more."""
@@ -191,7 +196,7 @@ class SocketIoSession(Door):
         "connection", "is_authorized", "manager", "pending", "sid",
     )  # fmt: skip
 
-    def __init__(self, connection: Connection, manager: Any, is_authorized: bool) -> None:
+    def __init__(self, connection: Connection, manager: Any, *, is_authorized: bool) -> None:
         self.connection = connection
         self.manager = manager
         self.sid = new_id()
@@ -255,7 +260,7 @@ class SocketIoSession(Door):
         except BadPacket as bad:
             if is_text:
                 payload.decode()  # UnicodeDecodeError: 1007 rather than 1002
-            self.connection.hub.drop(self.connection.name, "protocol")
+            self.connection.hub.drop(self.connection.who, "protocol")
             self.connection.close(CloseCode.PROTOCOL_ERROR, str(bad))
         return None
 
@@ -333,7 +338,7 @@ class SocketIoSession(Door):
 
     def on_deadline(self, now: float) -> None:
         if not self.clients and now >= self.connect_deadline:
-            self.connection.hub.drop(self.connection.name, "no namespace")
+            self.connection.hub.drop(self.connection.who, "no namespace")
             return self.connection.close(CloseCode.POLICY_VIOLATION, "no namespace joined in time")
         interval_s = self.connection.hub.config.engine_ping_interval_s
         self.connection.heartbeat(now, interval_s, ENGINE_PING_FRAME)
@@ -374,9 +379,9 @@ class EventRequest(Request):
         return list(data) if isinstance(data, tuple) else [data]
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
-        is_heard = self.ack is not None or code == "cancelled"
-        if not is_heard and self.client.manager.log_gate.admits("event handler"):
-            log.warning("%s event handler: %s", self.client.id, message)
+        if self.ack is None and code != "cancelled":  # nobody else hears of it
+            gate = self.client.manager.log_gate
+            gate.warning("event handler", "%s event handler: %s", self.client.id, message)
         return super().fail(code, message, data)
 
     def progress(self, value: Any) -> None:

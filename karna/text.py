@@ -20,6 +20,14 @@ def one_line(text: str, limit: int = 200) -> str:
     return " ".join(line.split())[:limit]
 
 
+def printable(text: str, limit: int = 1000) -> str:
+    """`text` with what a terminal would act on made visible; the rest as it is."""
+    cut = text[:limit]
+    return cut if cut.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut
+    )
+
+
 def encodable(text: str) -> str:
     """`text` without what UTF-8 has no form for: an exception's text may be anything."""
     return text.encode(errors="replace").decode()

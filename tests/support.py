@@ -42,7 +42,7 @@ from karna_ws import Server, WebSocketManager, serving
 from services import Service, Unavailable
 
 
-DEADLINE_S = 4.0
+DEADLINE_S = 30.0
 ROOT = Path(karna_ws.__file__).resolve().parent
 SERVER_FILE = ROOT / "karna_ws.py"
 

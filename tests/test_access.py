@@ -222,6 +222,8 @@ async def test_cross_site_post_needs_an_allowed_origin() -> None:
             ("cross-site", "https://evil.example", 403),
             ("cross-site", "null", 403),
             ("cross-site", "https://app.example", 200),
+            (["cross-site", "cross-site"], None, 403),
+            (["same-origin", "cross-site"], None, 403),
             ("same-origin", "https://evil.example", 403),
             ("same-origin", None, 200),
             ("same-site", None, 200),
@@ -411,3 +413,42 @@ async def test_socket_io_token_is_asked_with_every_connect() -> None:
         async with engine(server.port, {"Authorization": f"Bearer {TOKEN}"}) as peer:
             await peer.send(frame(1, b"40"))  # the handshake had it: no CONNECT needs it
             assert (await peer.frame()).payload.startswith(b"40{")
+
+
+async def test_token_split_over_two_headers_gets_nobody_in() -> None:
+    """A proxy that checks one of them must not be told apart from us."""
+    token = "one, two"  # joined by ", ", as repeated headers are, two halves would make it
+    async with served(token=token) as server:
+        for door in ("raw", "get", "post", "rpc", "metrics"):
+            for split in (["Bearer one", "two"], [f"Bearer {token}", ""], ["", f"Bearer {token}"]):
+                answer = await ask(server.port, DOORS[door]({"Authorization": split}))
+                assert (answer.status, answer.error["code"]) == (401, "unauthorized"), (door, split)
+            answer = await ask(server.port, DOORS[door]({"Authorization": f"Bearer {token}"}))
+            assert answer.status == WELCOMED.get(door, 200)
+        async with engine(server.port, {"Authorization": ["Bearer one", "two"]}, None) as peer:
+            await peer.send(frame(1, b"40/ws,"))
+            assert b"unauthorized" in (await peer.frame()).payload
+
+
+# Headers that decide who may come in, where a body ends or what a connection becomes: the two
+# values of one that comes twice must not be read as one, whatever they say.
+TWICE: list[tuple[str, list[str], dict[str, int]]] = [
+    ("Host", ["localhost", "localhost"], {"raw": 400, "socket.io": 400, "get": 400, "post": 400}),
+    ("Origin", ["http://localhost", "http://localhost"], {"raw": 403, "get": 403, "post": 403}),
+    ("Content-Length", ["19", "19"], {"post": 400}),
+    ("Content-Type", ["application/json", "application/json"], {"post": 415}),
+    ("Sec-Fetch-Site", ["cross-site", "cross-site"], {"post": 403}),
+    ("Upgrade", ["websocket", "websocket"], {"raw": 426, "socket.io": 426}),
+    ("Sec-WebSocket-Version", ["13", "13"], {"raw": 426}),
+    ("Sec-WebSocket-Key", ["dGhlIHNhbXBsZSBub25jZQ==", "dGhlIHNhbXBsZSBub25jZQ=="], {"raw": 400}),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "doors"), TWICE, ids=[each[0] for each in TWICE])
+async def test_header_that_comes_twice_is_refused(
+    name: str, values: list[str], doors: dict[str, int]
+) -> None:
+    async with served() as server:
+        for door, status in doors.items():
+            answer = await ask(server.port, DOORS[door]({name: values}))
+            assert answer.status == status, (door, answer)

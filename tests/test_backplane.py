@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from karna.backplane import STREAM
+from karna.backplane import STREAM, RedisBackplane
+from karna_ws import WebSocketManager
 from services import Unavailable
-from support import ROOT, Raw, execute, http, needs, served, until
+from support import ROOT, Raw, Sio, execute, http, needs, served, until
 from support_redis import RedisServer, both_doors, following, node, say
 
 
@@ -344,3 +345,46 @@ async def failing_start(*flags: str, without: str = "_") -> tuple[int | None, st
     )  # fmt: skip
     output, _ = await process.communicate()
     return process.returncode, output.decode()
+
+
+@pytest.mark.parametrize("offset", ["", "x", "5", "5-", "-5", "5-5-5", "9" * 30 + "-0", "%00", "5e1-0"])
+async def test_offset_that_is_no_stream_id_is_a_gap_at_once(
+    redis: RedisServer, offset: str
+) -> None:
+    async with served(backplane=redis.url) as a:
+        await say(a, "before")
+        async with Raw.open(a, f"/ws?since={offset}") as client:
+            gap = await client.next()
+            assert (gap["type"], gap["data"]["code"]) == ("error", "history_gap")
+            await say(a, "after")
+            assert (await client.next())["data"]["message"] == "after"
+        async with Sio.open(a) as session:
+            answer = await session.join("/ws", {"pid": "mine", "offset": offset})
+            assert answer["pid"] != "mine", "it is told that it did not recover"
+
+
+def test_backplane_knows_which_offsets_are_ahead() -> None:
+    needs("redis")
+    backplane = RedisBackplane("redis://localhost")
+    assert not backplane.is_ahead("6-0"), "it has read nothing yet"
+    backplane._last = "5-7"
+    ahead = {"5-7": False, "5-6": False, "4-9": False, "5-8": True, "6-0": True, "10-0": True,
+             "x": False, "": False, "6": False}  # fmt: skip
+    assert {offset: backplane.is_ahead(offset) for offset in ahead} == ahead
+
+
+async def test_notify_of_a_prepared_line_reaches_the_backplane_that_came(
+    redis: RedisServer,
+) -> None:
+    manager = WebSocketManager()
+    async with served(manager) as server, Raw.open(server) as client:
+        for _ in range(2):
+            assert await client.run("notify hello") == {"clients": 1}
+    async with (
+        served(manager, backplane=redis.url) as a,
+        served(backplane=redis.url) as b,
+        following((b, "raw")) as (follower,),
+        Raw.open(a) as client,
+    ):
+        assert await client.run("notify hello") == {"clients": 1}
+        assert await follower.until("hello") == ["hello"]

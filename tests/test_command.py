@@ -8,6 +8,7 @@ import logging
 import shlex
 import threading
 import time
+import types
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal, Optional
 
@@ -15,16 +16,16 @@ import pytest
 
 import services
 from karna.errors import CommandTimeout, UnknownCommand
+from karna_ws import WebSocketManager
 from services import (
     Command,
     CommandFailed,
     CommandProcessor,
     Context,
-    MAX_PREPARED_CHARS,
     Unavailable,
     UsageError,
 )
-from support import DEADLINE_S, until
+from support import DEADLINE_S, Raw, served, until
 from support_commands import LINE, any_words, hang, processor, run_line
 from support_property import given, settings, st
 
@@ -233,13 +234,100 @@ def test_prepare_keeps_inline_calls_and_no_others() -> None:
     assert commands.call_inline(commands.prepare("echo a")) == "mine"
 
 
+async def test_prepare_that_is_overridden_decides_about_each_line() -> None:
+    """The fast lane must not pass it by."""
+
+    class Strict(CommandProcessor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+            self.is_open = True
+
+        def prepare(self, line: str, params: Any = types.MappingProxyType({})) -> Any:
+            self.lines.append(line)
+            if not self.is_open:
+                raise UsageError("not now")
+            return super().prepare(line, params)
+
+    replaced: Any = Strict()
+    original = replaced.prepare
+    replaced.prepare = lambda line, params: original(line, params)  # an attribute, not a method
+    for commands in (Strict(), replaced):
+        manager = WebSocketManager(commands)
+        async with served(manager) as server, Raw.open(server) as client:
+            for _ in range(3):
+                assert await client.run("echo hi") == "hi"
+            assert commands.lines == ["echo hi"] * 3
+            commands.is_open = False
+            answer = await client.ask("execute_command", command="echo hi")
+            assert (answer["data"]["code"], answer["data"]["message"]) == ("usage", "not now")
+
+
+def test_prepare_forgets_lines_when_notify_changes_its_way() -> None:
+    """Else the fast lane would go on without the backplane that came."""
+
+    class Hall:
+        def broadcast(self, type: str, data: Any) -> int:
+            return 1
+
+        async def publish(self, type: str, data: Any) -> int:
+            return 2
+
+    commands = CommandProcessor()
+    hall: Any = Hall()
+    commands.use_broadcaster(hall)
+    assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
+    assert "notify x" in commands.prepared
+    commands.use_broadcaster(hall, waits=True)
+    assert not commands.prepared
+    commands.prepare("notify x")
+    assert "notify x" not in commands.prepared, "it waits now"
+    assert asyncio.run(commands.run(commands.prepare("notify x"), Context())) == {"clients": 2}
+    commands.use_broadcaster(hall)
+    assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "params", "expected"),
+    [
+        ("tag", {}, {}),
+        ("tag --color red", {}, {"color": "red"}),
+        ("tag --color=red --dry-run yes", {}, {"color": "red", "dry_run": "yes"}),
+        ("tag --color", {"size": 5}, "needs a value"),
+        ("tag", {"color": "red", "size": 5}, {"color": "red", "size": 5}),
+        ("tag --color red", {"color": "blue"}, "given twice"),
+        ("tag --color red --color blue", {}, "given twice"),
+        ("tag --context x", {}, "unknown option '--context'"),
+        ("tag", {"context": "x"}, "unknown parameter 'context'"),
+        ("tag red", {}, "too many arguments"),
+        ("sizes --a 1 --b=2", {"c": 3}, {"a": 1, "b": 2, "c": 3}),
+        ("sizes --a one", {}, "must be an integer|--a"),
+    ],
+)
+async def test_options_that_only_kwargs_takes(line: str, params: Any, expected: Any) -> None:
+    async def tag(context: Context, **labels: Any) -> Any:
+        assert isinstance(context, Context)
+        return labels
+
+    async def sizes(**sizes: int) -> Any:
+        return sizes
+
+    commands = processor(tag, sizes)
+    assert commands.commands["tag"].usage == "tag [--NAME VALUE]..."
+    if isinstance(expected, dict):
+        assert await commands.run(commands.prepare(line, params), Context()) == expected
+    else:
+        with pytest.raises(UsageError, match=expected):
+            commands.prepare(line, params)
+
+
 def test_prepare_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services, "MAX_PREPARED", 3)
     commands = CommandProcessor()
     for number in range(10):
         commands.prepare(f"echo {number}")
         assert len(commands.prepared) <= 3
-    commands.prepare("echo " + "x" * MAX_PREPARED_CHARS)
+    commands.prepare("echo " + "x" * 200)
     assert all(len(line) < 200 for line in commands.prepared)
 
 

@@ -37,6 +37,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "token": ("--token=secret", "secret"),
     "allow_origin": ("--allow-origin=https://a.example", ("https://a.example",)),
     "allow_host": ("--allow-host=a.example", ("a.example",)),
+    "trust_proxy": ("--trust-proxy=10.0.0.1", ("10.0.0.1",)),
     "insecure_no_token": ("--insecure-no-token", True),
     "max_clients": ("--max-clients=5", 5),
     "max_message_bytes": ("--max-message=2000", 2000),
@@ -142,7 +143,7 @@ def test_misspelt_variable_is_reported_with_what_it_may_mean() -> None:
     names = ["KARNA_PROT", "KARNA_MAX_CLIENT", "KARNA_SOMETHING_ELSE", "KARNA_GRACE", "PORT",
              "KARNA_LOG_LEVEL", "KARNA_VISION_KEY", "KARNA_RECOVERY", "KARNA_MAX_UNSENT"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(karna_ws.log, "warning", lambda text, *values: logged.append(values))
+        patch.setattr("karna.log.log.warning", lambda text, *values: logged.append(values))
         warn_of_misspelt(names, vars(make_parser("1.0.0").parse_args([])))
     assert logged == [("KARNA_PROT", "KARNA_PORT"), ("KARNA_MAX_CLIENT", "KARNA_MAX_CLIENTS")]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 import re
 from typing import Any
 
 import pytest
 
 from karna.config import make_config
+from karna.service import Monitor
 from karna_ws import Config
 
 
@@ -81,6 +83,63 @@ def test_config_has_the_options_of_the_contract_with_their_defaults() -> None:
     assert (config.raw_ping_interval_s, config.engine_ping_interval_s) == (20, 25)
     assert (config.ping_timeout_s, config.connect_timeout_s) == (20, 45)
     assert (config.command_timeout_s, config.open_timeout_s, config.grace_s) == (60, 10, 5)
+    assert (config.close_timeout_s, config.max_unsent_bytes) == (10, 1024 * 1024)
+    assert (config.token, config.allow_origin, config.allow_host, config.namespaces) == (
+        None, (), (), ()
+    )  # fmt: skip
+    assert (config.insecure_no_token, config.reuse_port, config.recovery) == (False, False, True)
+
+
+# Numbers that README, PROTOCOL.md or a message to a client gives, and no option changes; tests of
+# what they limit take them from here or say them again. A test that names the constant can't fail.
+LIMITS: dict[str, float] = {
+    "karna.backplane.MAX_OUTBOX": 1_000,
+    "karna.backplane.PUBLISH_WAIT_S": 3,
+    "karna.backplane.STREAM_ENTRIES": 10_000,
+    "karna.calls.MAX_WAITING": 256,
+    "karna.calls.MAX_WAITING_BYTES": 1_048_576,
+    "karna.connection.MAX_FRAGMENTS": 4_096,
+    "karna.connection.MAX_MESSAGES": 32,
+    "karna.head.MAX_HEAD_BYTES": 65_536,
+    "karna.head.MAX_HEAD_LINES": 129,
+    "karna.head.MAX_HEAD_LINE_BYTES": 8_190,
+    "karna.http.MAX_PIPELINED_BYTES": 65_536,
+    "karna.http.PROBE_S": 2,
+    "karna.hub.PENDING_CONNECTIONS": 128,
+    "karna.images.MAX_IMAGE_BYTES": 33_554_432,
+    "karna.jsonrpc.MAX_BATCH": 256,
+    "karna.log.LogGate.BURST": 5,
+    "karna.log.LogGate.WINDOW_S": 10,
+    "karna.models.MAX_MODEL_BYTES": 4_194_304,
+    "karna.packets.MAX_ACK_DIGITS": 15,
+    "karna.packets.MAX_ATTACHMENTS": 10,
+    "karna.packets.MAX_NAMESPACE_BYTES": 255,
+    "karna.programs.MAX_LINE_CHARS": 65_536,
+    "karna.programs.MAX_OUTPUT_CHARS": 262_144,
+    "karna.reader.TURN_S": 0.002,
+    "karna.server.SHUTDOWN_CLOSE_S": 2,
+    "karna.service.RETRY_FIRST_S": 1,
+    "karna.service.RETRY_MAX_S": 30,
+    "karna.socketio.MAX_PID_CHARS": 100,
+    "karna.work.CANCEL_WAIT_S": 4,
+    "services.MAX_COUNTDOWN_S": 3_600,
+    "services.MAX_LISTED": 100,
+    "services.MAX_MATCHES": 5,
+}
+
+
+def test_limits_have_the_values_that_were_promised() -> None:
+    assert {name: pkgutil.resolve_name(name) for name in LIMITS} == LIMITS
+
+
+def test_limits_of_time_lie_within_each_other() -> None:
+    """Who waits for something waits longer than that may take."""
+    limit = pkgutil.resolve_name
+    programs = limit("karna.programs.TERM_WAIT_S") + limit("karna.programs.KILL_WAIT_S")
+    assert programs < limit("karna.work.CANCEL_WAIT_S") < limit("karna.server.CANCEL_S")
+    assert limit("karna.backplane.READ_BLOCK_MS") / 1000 < limit("karna.backplane.REDIS_TIMEOUT_S")
+    assert limit("karna.backplane.REDIS_TIMEOUT_S") < limit("karna.backplane.PUBLISH_WAIT_S")
+    assert limit("karna.models.MODEL_CHECK_S") < Monitor(()).timeout_s
 
 
 @pytest.mark.parametrize("token", ["", " ", " x", "x ", "x\n", "p\xe4ss", "\udcff", "a\x00b"])

@@ -13,7 +13,7 @@ import pytest
 import websockets.frames
 from websockets.asyncio.server import serve as plain_serve
 
-from karna.connection import HOLD_CALLS, HOLD_WRITES
+from karna.door import HOLD_CALLS, HOLD_WRITES
 from karna_ws import Client, WebSocketManager
 from services import Command
 from support import Gate, execute, served, until

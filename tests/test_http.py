@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 import karna_ws
-from karna.connection import HOLD_ANSWER
+from karna.door import HOLD_ANSWER
 from karna.errors import InvalidRequest
 from karna.http import Exchange
 from karna_ws import WebSocketManager
@@ -23,6 +23,7 @@ from support import EXECUTE, Gate, Raw, http, served, until
 from support_peers import (
     RAISED,
     RETURNED,
+    TOKEN,
     Headers,
     ask,
     dial,
@@ -129,10 +130,11 @@ async def test_requests_behind_one_that_closes_get_no_answer_but_the_end() -> No
 
 BAD_LENGTHS: list[tuple[Headers, int]] = [
     ({"Content-Length": None}, 411),
-    ({"Content-Length": None, "Transfer-Encoding": "chunked"}, 411),
-    ({"Transfer-Encoding": "chunked"}, 411),
-    ({"Transfer-Encoding": "identity"}, 411),
-    ({"transfer-encoding": ""}, 411),
+    ({"Transfer-Encoding": "chunked"}, 400),  # and a Content-Length: RFC 9112, 6.1
+    ({"Content-Length": None, "Transfer-Encoding": ["chunked", "chunked"]}, 501),
+    ({"Content-Length": None, "Transfer-Encoding": "gzip, chunked"}, 501),
+    ({"Content-Length": None, "Transfer-Encoding": "identity"}, 501),
+    ({"Content-Length": None, "transfer-encoding": ""}, 501),
     ({"Content-Length": ["2", "2"]}, 400),
     ({"Content-Length": ["2", "3"]}, 400),
     ({"Content-Length": "2, 2"}, 400),
@@ -163,6 +165,71 @@ async def test_bodies_of_unclear_length_are_refused() -> None:
                                (b'"x"', "invalid_request"), (b"{}", "invalid_params")):  # fmt: skip
                 answer = await ask(server.port, post(target, body))
                 assert (answer.status, answer.error["code"]) == (400, code), body
+
+
+CHUNKED: Headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+
+
+async def test_chunked_body_is_taken_in_any_pieces_and_the_connection_goes_on() -> None:
+    body = b"9;x=y\r\n{\"command\r\n8 \r\n\":\"echo \r\n4\r\nhi\"}\r\n0\r\nTrailer: t\r\n\r\n"
+    whole = post("/api/execute_command", b"", {**CHUNKED, "Connection": "keep-alive"}) + body
+    async with served() as server, dial(server.port) as peer:
+        for cut in range(len(whole) - len(body), len(whole)):
+            await peer.send(whole[:cut])
+            await until(lambda: not peer.writer.transport.get_write_buffer_size())
+            await peer.send(whole[cut:])
+            answer = await peer.answer()
+            assert (answer.status, answer.json["data"]["result"]) == (200, "hi"), cut
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"x\r\n", 400),
+        (b"-1\r\n", 400),
+        (b"2\r\n{}x\r\n0\r\n\r\n", 400),
+        (b"2\n{}\r\n0\r\n\r\n", 400),
+        (b"123456789\r\n", 400),
+        (b"2;" + b"x" * 2000 + b"\r\n{}\r\n", 400),
+        (b"7ff\r\n", 413),
+        (b"3e9\r\n", 413),
+        (b"1\r\n \r\n" * 990 + b"b\r\n", 413),
+        (b"1\r\n \r\n" * 4097, 413),
+    ],
+)
+async def test_chunked_body_that_is_malformed_or_too_long_is_refused(
+    body: bytes, status: int
+) -> None:
+    async with served(max_body_bytes=1000 if len(body) < 20_000 else 10_000) as server:
+        answer = await ask(server.port, post("/api/execute_command", b"", CHUNKED) + body)
+        assert answer.status == status
+
+
+async def test_absolute_target_is_judged_by_its_own_authority() -> None:
+    """RFC 9112, 3.2.2: it takes the place of Host, so it must pass for it."""
+    async with served(allow_host="karna.example") as server:
+        for target, status in (
+            ("http://localhost/health", 200), ("HTTP://127.0.0.1:8000/health", 200),
+            ("https://karna.example/health?x", 200), ("http://evil.example/health", 403),
+            ("http://user@localhost/health", 400), ("ftp://localhost/health", 400),
+            ("http:///health", 400), ("localhost/health", 400),
+        ):  # fmt: skip
+            answer = await ask(server.port, head("GET", target))
+            assert answer.status == status, target
+        answer = await ask(server.port, head("GET", "http://localhost"))
+        assert b"<title>" in answer.body
+
+
+async def test_load_balancer_of_this_machine_may_ask_for_health_without_a_host() -> None:
+    async with served(token=TOKEN) as server:
+        probe = b"GET /health HTTP/1.0\r\n\r\n"  # HAProxy's `option httpchk GET /health`
+        assert (await ask(server.port, probe)).status == 200
+        for other in (
+            b"GET /health HTTP/1.1\r\n\r\n", b"GET /api/status HTTP/1.0\r\n\r\n",
+            b"GET /health HTTP/1.0\r\nOrigin: http://evil.example\r\n\r\n",
+            b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n",
+        ):  # fmt: skip
+            assert (await ask(server.port, other)).status in (400, 403), other
 
 
 async def test_expect_continue_is_answered_before_the_body_and_refusals_at_once() -> None:

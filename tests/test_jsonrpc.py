@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from karna.jsonrpc import MAX_BATCH
 from karna_ws import WebSocketManager
 from support import (
     EXECUTE,
@@ -152,10 +151,10 @@ async def test_json_rpc_batch_is_answered_when_all_of_it_is() -> None:
 async def test_json_rpc_batch_is_bounded() -> None:
     async with served() as server, Raw.open(server) as client:
         one = {"jsonrpc": "2.0", "method": "get_status", "id": 1}
-        await client.send([one] * (MAX_BATCH + 1))
+        await client.send([one] * (256 + 1))
         assert without_words(await client.next()) == rpc_error(-32600, None)
-        await client.send([one] * MAX_BATCH)
-        assert len(await client.next()) == MAX_BATCH
+        await client.send([one] * 256)
+        assert len(await client.next()) == 256
 
 
 @pytest.mark.parametrize("text", ["command_progress", "status_update", "error", "jsonrpc"])

@@ -58,6 +58,25 @@ async def test_unix_socket_is_its_owners_alone_and_gone_at_the_end(tmp_path: Pat
         assert (await ask(path, head("GET", "/health"))).status == 200
 
 
+async def test_file_of_a_successors_unix_socket_is_not_removed(tmp_path: Path) -> None:
+    socket_path = tmp_path / "karna.sock"
+    path = str(socket_path)
+    async with served(unix=path) as first:
+        socket_path.unlink()  # as a script that makes room for a successor
+        async with served(unix=path) as second:
+            await first.close()
+            assert socket_path.exists()
+            assert (await ask(path, head("GET", "/health"))).status == 200
+            await second.close()
+            assert not socket_path.exists()
+    # Moved away, there is none to remove; another's file stays, whatever it is.
+    async with served(unix=path) as third:
+        socket_path.unlink()
+        socket_path.write_text("mine")
+        await third.close()
+        assert socket_path.read_text() == "mine"
+
+
 def make_certificate(directory: Path) -> tuple[str, str]:
     needs("openssl")
     cert, key = str(directory / "cert.pem"), str(directory / "key.pem")

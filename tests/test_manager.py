@@ -15,9 +15,9 @@ from typing import Any
 import orjson
 import pytest
 
-import karna_ws
-from karna.connection import HOLD_CONNECT
-from karna_ws import Client, FLUSH_BROADCAST_BYTES, Server, WebSocketManager
+from karna.door import HOLD_CONNECT
+from karna.broadcasts import FLUSH_BROADCAST_BYTES
+from karna_ws import Client, Server, WebSocketManager
 from services import CommandProcessor, Service
 from support import EXECUTE, Lamp, Raw, Sio, execute, needs, offsets, served, until
 from support_peers import ENGINE, RAISED, Received, engine, frame, lazy, raw
@@ -275,7 +275,7 @@ async def test_broadcasts_of_one_iteration_that_are_large_together_all_arrive_in
 async def test_broadcasts_of_the_next_turns_leave_together_when_clients_are_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)
+    monkeypatch.setattr("karna.broadcasts.CLIENTS_A_TURN", 1)
     manager = WebSocketManager()
     async with served(manager) as server, contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(raw(server.port)) for _ in range(4)]
@@ -300,7 +300,7 @@ async def test_broadcasts_of_the_next_turns_leave_together_when_clients_are_many
 
 
 async def test_broadcast_just_before_the_end_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(karna_ws, "CLIENTS_A_TURN", 1)  # a flush waits as with many clients
+    monkeypatch.setattr("karna.broadcasts.CLIENTS_A_TURN", 1)  # a flush waits as with many clients
     monkeypatch.setattr("karna.server.SHUTDOWN_CLOSE_S", 0.3)  # the peers leave their sockets open
     manager = WebSocketManager()
     async with contextlib.AsyncExitStack() as stack:

@@ -19,6 +19,7 @@ from support_commands import (
     MODELS,
     ModelHost,
     asking,
+    chunked,
     events,
     http_answer,
     monitoring,
@@ -272,3 +273,16 @@ async def test_model_server_uses_no_proxy(host: Any, monkeypatch: pytest.MonkeyP
     language, _ = asking(host.url)
     await language.check()
     assert language.state == "running"
+
+
+async def test_ask_ends_at_done_without_a_finish_reason(host: Any) -> None:
+    """As some servers end a stream that a stop word of theirs cut."""
+    _, commands = asking(host.url)
+    host.answers["/v1/chat/completions"] = chunked(events(token("Hel"), token("lo")))
+    seen: list[Any] = []
+    assert (await run_line(commands, "ask hi", Context(None, seen.append)))["text"] == "Hello"
+    assert seen == [{"token": "Hel"}, {"token": "lo"}]
+    # What follows [DONE] is not read.
+    text = events(token("a")) + events("{nope")
+    host.answers["/v1/chat/completions"] = http_answer(text, kind=STREAM_TYPE)
+    assert (await run_line(commands, "ask hi"))["text"] == "a"

@@ -10,16 +10,18 @@ import select
 import socket
 import struct
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from karna.connection import HOLD_CALLS
+from karna.door import HOLD_CALLS
 from karna.errors import StartError
+from karna.reader import Turns
 from karna_ws import Client, WebSocketManager, serving
-from services import Service
+from services import Context, Service
 from support import execute, served, until
-from support_peers import close_frame, frame, raw, request
+from support_peers import close_frame, dial, engine, frame, head, post, raw, request
 
 
 class Faulty(Service):
@@ -188,3 +190,235 @@ async def test_idle_server_with_closed_and_half_closed_peers_rests() -> None:
                 patch.setattr(loop._selector, "select", count)  # type: ignore[attr-defined]
                 await asyncio.sleep(0.2)  # the sweep and the monitor turn it now and then
             assert turns < 50
+
+
+needs_epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is no epoll")
+
+
+@needs_epoll
+@pytest.mark.parametrize("how", ["close", "eof", "reset", "cut", "lost", "held"])
+async def test_connection_that_is_gone_leaves_the_reader(how: str) -> None:
+    manager = WebSocketManager()
+    async with served(manager, close_timeout_s=0.2) as server, raw(server.port) as other:
+        reader = manager.reader
+        assert reader is not None
+        await other.sync()
+        before = set(reader._connections.values())
+        async with raw(server.port) as peer:
+            await peer.sync()
+            connection: Any
+            [connection] = set(reader._connections.values()) - before
+            if how == "close":
+                await peer.send(close_frame())
+                await peer.closed()
+            elif how == "eof":
+                peer.writer.write_eof()
+                await peer.reader.read()
+            elif how == "reset":
+                linger = struct.pack("ii", 1, 0)
+                client = peer.writer.get_extra_info("socket")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                peer.writer.transport.abort()
+            elif how == "cut":
+                connection.abort()
+            elif how == "held":
+                connection.hold(HOLD_CALLS)
+                connection.abort()
+            else:  # as asyncio does when a write of its own fails
+                connection.transport.abort()
+            await until(lambda: len(manager.connections) == 1)
+        assert set(reader._connections.values()) == before and not reader._waiting
+        await other.sync()
+
+
+# --- Fairness --------------------------------------------------------------------------------------
+
+
+class Order:
+    """Who was served, in which order: a command `mark NAME`."""
+
+    def __init__(self, manager: WebSocketManager) -> None:
+        self.names: list[str] = []
+        manager.commands.command(inline=True)(self.mark)
+
+    def mark(self, name: str) -> None:
+        """Note that this one is served."""
+        self.names.append(name)
+
+    def between(self, name: str) -> list[int]:
+        """How many others were served before the first of this name, and between each two."""
+        places = [place for place, each in enumerate(self.names) if each == name]
+        return [after - before - 1 for before, after in zip([-1, *places], places, strict=False)]
+
+
+@pytest.mark.parametrize("door", ["raw", "socket.io"])
+async def test_connection_that_sends_thousands_delays_another_by_a_few_turns(door: str) -> None:
+    manager = WebSocketManager()
+    order = Order(manager)
+    text = json.dumps(execute("mark greedy")).encode()
+    async with (
+        served(manager) as server,
+        (raw if door == "raw" else engine)(server.port) as greedy,
+        raw(server.port) as modest,
+        dial(server.port) as rest,
+    ):
+        if door == "socket.io":
+            text = b'42/ws,0["rpc",%b]' % text
+        await rest.send(head("GET", "/health", {"Connection": None}))
+        await rest.answer()
+        greedy.writer.write(frame(1, text) * 5_000)  # what its socket takes goes out at once
+        for _ in range(10):
+            await modest.send_json(execute("mark modest"))
+            await modest.json()
+            command = {"command": "mark rest"}
+            await rest.send(post("/api/execute_command", command, {"Connection": None}))
+            await rest.answer()
+        assert order.names.count("greedy") < 5_000, "it was served first, all of it"
+        for name in ("modest", "rest"):
+            # An answer and the next request take some turns; in each a connection has 32 messages.
+            assert max(order.between(name)) <= 20 * 32, order.between(name)
+        for _ in range(5_000):
+            await greedy.frame()
+        assert order.names.count("greedy") == 5_000
+
+
+async def test_connections_that_send_thousands_take_turns_with_each_other() -> None:
+    manager = WebSocketManager()
+    order = Order(manager)
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(served(manager))
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(4)]
+        for number, peer in enumerate(peers):
+            peer.writer.write(frame(1, json.dumps(execute(f"mark {number}")).encode()) * 1_000)
+        for peer in peers:
+            for _ in range(1_000):
+                await peer.frame()
+    # Up to the end of the first that ends: each is behind the others by a turn or two, no more.
+    counts = dict.fromkeys("0123", 0)
+    for name in order.names:
+        counts[name] += 1
+        if counts[name] == 1_000:
+            break
+        assert max(counts.values()) - min(counts.values()) <= 4 * 32, counts
+
+
+@needs_epoll
+async def test_reader_that_has_had_its_time_goes_on_in_the_next_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("karna.reader.TURN_S", -1.0)  # one socket, and its time is over
+    manager = WebSocketManager()
+    turns, served_in = 0, []
+
+    @manager.commands.command(inline=True)
+    def mark() -> None:
+        served_in.append(turns)
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if len(served_in) < 20:
+            asyncio.get_running_loop().call_soon(turn)
+
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(served(manager))
+        peers = [await stack.enter_async_context(raw(server.port)) for _ in range(20)]
+        turn()
+        for peer in peers:
+            peer.writer.write(frame(1, json.dumps(execute("mark")).encode()))
+        for peer in peers:  # an edge is told once: none may be forgotten
+            await peer.frame()
+    assert len(set(served_in)) == 20, "others have their turn between any two"
+
+
+async def test_turns_are_had_in_order_and_later() -> None:
+    loop = asyncio.get_running_loop()
+    turns, seen = Turns(loop), []
+
+    def again(name: str, count: int) -> Callable[[], None]:
+        def go_on() -> None:
+            seen.append(name)
+            if count:
+                turns.wait(again(name, count - 1))
+
+        return go_on
+
+    for name in "abc":
+        turns.wait(again(name, 2))
+    assert seen == [], "never from within"
+    await until(lambda: len(seen) == 9)
+    assert "".join(seen) == "abcabcabc"
+
+
+async def test_turns_that_take_long_let_the_loop_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("karna.reader.TURN_S", -1.0)
+    turns, seen = Turns(asyncio.get_running_loop()), []
+    for number in range(5):
+        turns.wait(lambda number=number: seen.append(number))
+    for number in range(5):
+        await asyncio.sleep(0)
+        assert seen == list(range(number + 1)), "one a turn of the loop"
+
+
+async def test_turn_that_raises_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: told.append(context["exception"]))
+    turns, seen = Turns(loop), []
+    turns.wait(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    turns.wait(lambda: seen.append(1))
+    await until(lambda: seen)
+    assert isinstance(told[0], ZeroDivisionError)
+
+
+async def test_breathing_lets_the_loop_turn_when_it_is_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("karna.reader.perf_counter", lambda: now)
+    turns, turned = Turns(asyncio.get_running_loop()), 0
+
+    def count() -> None:
+        nonlocal turned
+        turned += 1
+        asyncio.get_running_loop().call_soon(count)
+
+    count()
+    turned = 0
+    for _ in range(1_000):
+        await turns.breathe()
+    assert turned == 1, "once, and then not before its time is over"
+    now += 0.0021
+    for _ in range(1_000):
+        await turns.breathe()
+    assert turned == 2
+
+
+@pytest.mark.parametrize("how", ["send", "emit", "progress", "yield"])
+async def test_program_that_sends_in_a_loop_does_not_hold_up_the_others(how: str) -> None:
+    manager = WebSocketManager()
+    over = False
+
+    async def flood(context: Context) -> None:
+        while not over:
+            if how == "progress":
+                await context.progress(1)
+            elif how == "emit":
+                await context.client.emit("x", 1)
+            else:
+                await context.client.send("x", 1)
+
+    async def stream() -> Any:
+        while not over:
+            yield 1
+
+    manager.commands.command(name="flood")(stream if how == "yield" else flood)
+    async with served(manager) as server, raw(server.port) as peer, raw(server.port) as other:
+        await peer.send_json(execute("flood", 1))
+        await peer.frame()
+        for number in range(5):
+            await other.send_json(execute(f"echo {number}", number))
+            assert (await other.json())["data"]["result"] == str(number)
+        over = True
+        while (await peer.json())["type"] != "command_response":
+            pass

@@ -10,13 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 
 from karna.errors import StartError
 from karna_ws import WebSocketManager, serve, serving
-from support import EXECUTE, SERVER_FILE, Gate, Lamp, Raw, execute, needs, served, until
+from support import EXECUTE, SERVER_FILE, Gate, Lamp, Raw, Sio, execute, needs, served, until
 from support_peers import (
     ENGINE,
     Peer,
@@ -114,6 +115,51 @@ async def test_server_closes_once_however_often_it_is_asked() -> None:
             await connect(f"ws://127.0.0.1:{port}/ws")
 
 
+async def test_waiting_for_the_end_costs_no_turns_of_the_loop() -> None:
+    async with served() as server:
+        waiting = asyncio.create_task(server.wait_closed())
+        turns, loop = 0, asyncio.get_running_loop()
+        select_once = loop._selector.select  # type: ignore[attr-defined]
+
+        def count(timeout: float | None = None) -> Any:
+            nonlocal turns
+            turns += 1
+            return select_once(timeout)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop._selector, "select", count)  # type: ignore[attr-defined]
+            await asyncio.sleep(0.2)  # the sweep and the monitor turn it now and then
+        assert turns < 50 and not waiting.done()
+        server.close()
+        await waiting
+
+
+async def test_draining_server_starts_no_command_by_the_fast_lane_either() -> None:
+    manager = WebSocketManager()
+    gate = Gate(manager)
+    line = execute("echo hi", id=2)
+    async with (
+        served(manager, grace_s=20.0) as server,
+        Raw.open(server) as client, Raw.open(server) as other, Sio.open(server, join="/") as session,
+    ):  # fmt: skip
+        for _ in range(2):  # the second time it is a prepared one
+            await other.send(line)
+            assert (await other.final(2))["data"]["result"] == "hi"
+            assert (await session.rpc(line))["data"]["result"] == "hi"
+        await client.send(execute("gate a", id=1))
+        await until(lambda: gate.begun)
+        closing = server.close()
+        await until(lambda: manager.is_draining)
+        for answer in (await other.ask(EXECUTE, command="echo hi"), await session.rpc(line)):
+            assert (answer["type"], answer["data"]["code"]) == ("error", "unavailable")
+        assert (await other.ask("get_status"))["type"] == "status_update"
+        gate.let("a")
+        assert (await client.final(1))["data"]["result"] == "a"
+        for each in (client, other, session):
+            assert (await each.closed())[0] == 1012
+        await closing
+
+
 async def test_serve_runs_until_it_is_cancelled() -> None:
     manager = WebSocketManager()
     task = asyncio.create_task(serve(manager, port=0))
@@ -126,7 +172,7 @@ async def test_serve_runs_until_it_is_cancelled() -> None:
     assert {service.state for service in manager.services.values()} == {"stopped"}
 
 
-async def test_sockets_beyond_clients_and_handshakes_are_cut(
+async def test_socket_that_never_asked_gives_way_to_a_new_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("karna.hub.PENDING_CONNECTIONS", 20)
@@ -134,12 +180,12 @@ async def test_sockets_beyond_clients_and_handshakes_are_cut(
         async with contextlib.AsyncExitStack() as stack:
             peers = [await stack.enter_async_context(dial(server.port)) for _ in range(30)]
             await until(lambda: len(server.manager.connections) == 30)
-            for _ in range(50):
-                async with dial(server.port) as late:
-                    assert await late.at_end()
-            assert len(server.manager.connections) == 30
-            await peers[0].send(head("GET", "/health"))
-            assert (await peers[0].answer()).status == 200
+            for _ in range(5):
+                assert (await ask(server.port, head("GET", "/health"))).status == 200
+                assert len(server.manager.connections) <= 30
+            assert await peers[0].at_end()
+            await peers[-1].send(head("GET", "/health"))
+            assert (await peers[-1].answer()).status == 200
         await until(lambda: not server.manager.connections)
         assert (await ask(server.port, head("GET", "/health"))).status == 200
 

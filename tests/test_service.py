@@ -287,3 +287,51 @@ async def test_monitor_stops_services_in_reverse_each_bounded(scaled: None) -> N
         pass
     assert stopped == ["c", "b", "a"]
     assert [service.state for service in watched] == ["stopped"] * 3
+
+
+async def test_monitor_backs_off_while_a_service_fails_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures: list[int] = []
+
+    def delay_s(monitor: Monitor, count: int) -> float:
+        failures.append(count)
+        return 0.0
+
+    monkeypatch.setattr(Monitor, "_delay_s", delay_s)
+    bad = RuntimeError("not yet")
+    async with monitoring(Scripted([bad, bad, bad, None], [None, bad, bad, None, bad])):
+        await until(lambda: len(failures) >= 9)
+    assert failures[:9] == [1, 2, 3, 0, 1, 2, 0, 1, 0]
+
+
+async def test_monitor_waits_as_long_as_its_back_off_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def fake(delay_s: float) -> None:
+        slept.append(delay_s)
+        await sleep(0 if len(slept) < 9 else 3600)
+
+    monkeypatch.setattr("karna.service.asyncio", _Asyncio(fake))
+    monkeypatch.setattr("karna.service.random.uniform", lambda low, high: 1.0)
+
+    class Away(Service):
+        async def start(self) -> None:
+            raise RuntimeError("away")
+
+    monitor = Monitor([Away("away")])
+    monitor.start()
+    await until(lambda: len(slept) == 9)
+    await monitor.stop()
+    assert slept == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0]
+
+
+class _Asyncio:
+    """The module, with a clock of the test's own."""
+
+    def __init__(self, sleep: Any) -> None:
+        self.sleep = sleep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)

@@ -13,7 +13,6 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from karna.calls import MAX_WAITING
 from karna_ws import Client, WebSocketManager, serving
 from services import Unavailable
 from support import (
@@ -118,7 +117,7 @@ async def test_requests_that_waited_in_a_namespace_count_no_more_once_it_was_lef
             await client.send(f'42/ws,["rpc",{json.dumps(execute(f"gate {name}"))}]')
             # Cancelled before its first step it would not reach its gate.
             await until(lambda: len(gate.begun) == number)
-            for _ in range(MAX_WAITING // 2):
+            for _ in range(256 // 2):
                 await client.send(f'42/ws,["rpc",{json.dumps(execute("echo waits"))}]')
             await client.send("41/ws,")
         assert (await client.rpc(execute("echo read")))["data"]["result"] == "read"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import gc
+import logging
 import os
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +20,10 @@ import pytest
 
 import services
 from karna.errors import CommandTimeout
+from karna.work import Job, Tasks, ThreadPool
 from karna_ws import WebSocketManager
 from services import CommandFailed, Context, Unavailable
-from support import DEADLINE_S, execute, served, until
+from support import DEADLINE_S, error_log, execute, served, until
 from support_commands import any_words, hang, processor, run_line
 from support_peers import raw
 
@@ -205,3 +211,282 @@ async def test_stop_ends_running_commands_and_refuses_threads() -> None:
             await line
     await commands.start()
     assert await run_line(commands, "any 1") == ["1"]
+
+
+# --- Work in threads that never begins -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["waiting", "just taken"])
+async def test_work_that_was_cancelled_before_it_began_never_runs(how: str) -> None:
+    pool, release, ran = ThreadPool(1, "test"), threading.Event(), []
+
+    class Taken(deque[Any]):
+        """What waits, where a thread is always quicker to take it than we are to take it back."""
+
+        def remove(self, entry: Any) -> None:
+            raise ValueError
+
+    if how == "just taken":
+        pool._waiting = Taken()
+    first = asyncio.ensure_future(pool.call(lambda: release.wait(DEADLINE_S)))
+    await until(lambda: not pool._waiting and pool._threads)
+    second = asyncio.ensure_future(pool.call(lambda: ran.append("second")))
+    third = asyncio.ensure_future(pool.call(lambda: ran.append("third")))
+    await until(lambda: len(pool._waiting) == 2)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    if how == "waiting":
+        assert len(pool._waiting) == 1, "it holds nothing any more"
+    release.set()
+    await asyncio.gather(first, third)
+    assert ran == ["third"]
+    pool.close()
+
+
+async def test_work_that_has_begun_keeps_its_thread_though_its_caller_is_gone() -> None:
+    pool, release, ran = ThreadPool(1, "test"), threading.Event(), []
+    first = asyncio.ensure_future(pool.call(lambda: (release.wait(DEADLINE_S), ran.append(1))))
+    await until(lambda: not pool._waiting and pool._threads)
+    first.cancel()
+    second = asyncio.ensure_future(pool.call(lambda: ran.append(2)))
+    await until(lambda: len(pool._waiting) == 1)
+    release.set()
+    await second
+    assert ran == [1, 2]
+    pool.close()
+
+
+# --- Jobs ------------------------------------------------------------------------------------------
+
+
+class Ends:
+    """What a job's `on_end` was told, each time it was."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, str, bool, bool]] = []
+
+    def __call__(self, job: Job) -> None:
+        error = "" if job.error is None else type(job.error).__name__
+        self.seen.append((job.value, error, job.is_cancelled, job.is_late))
+
+
+async def fail(error: BaseException, *, wait: bool) -> None:
+    if wait:
+        await asyncio.sleep(0)
+    raise error
+
+
+async def succeed(value: int, *, wait: bool) -> int:
+    if wait:
+        await asyncio.sleep(0)
+    return value
+
+
+async def ignore_cancellation(until_: asyncio.Event) -> None:
+    while not until_.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await until_.wait()
+    raise ValueError("after all")
+
+
+async def end_in_peace() -> str:
+    with contextlib.suppress(asyncio.CancelledError):
+        await hang()
+    return "mine"
+
+
+OUTCOMES: list[tuple[Any, float | None, tuple[Any, str, bool, bool]]] = [
+    # the work, its time limit, what is told of it: value, error, was it cancelled, was it late
+    (lambda wait: succeed(5, wait=wait), None, (5, "", False, False)),
+    (lambda wait: succeed(6, wait=wait), 10.0, (6, "", False, False)),
+    (lambda wait: fail(ValueError("x"), wait=wait), None, (None, "ValueError", False, False)),
+    (lambda wait: fail(SystemExit(3), wait=wait), None, (None, "SystemExit", False, False)),
+    (lambda wait: fail(KeyboardInterrupt(), wait=wait), None,
+     (None, "KeyboardInterrupt", False, False)),
+    (lambda wait: fail(asyncio.CancelledError(), wait=wait), None,
+     (None, "CancelledError", False, False)),
+    (lambda wait: fail(TimeoutError(), wait=wait), 10.0, (None, "TimeoutError", False, False)),
+    (lambda wait: hang(), 0.01, (None, "TimeoutError", False, True)),
+    (lambda wait: end_in_peace(), 0.01, (None, "TimeoutError", False, True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wait", [False, True])
+@pytest.mark.parametrize(("work", "timeout_s", "outcome"), OUTCOMES)
+async def test_job_has_one_outcome(work: Any, timeout_s: Any, outcome: Any, wait: bool) -> None:
+    tasks, ends = Tasks(), Ends()
+    job = tasks.start(work(wait), "job", timeout_s, ends)
+    assert not ends.seen, "never from within"
+    assert not job.is_over and tasks.running == (job.task,)
+    await job.wait()
+    assert ends.seen == [outcome] and job.is_over and tasks.running == ()
+    await job.wait()  # it is over: there is nothing to wait for
+    job.cancel()  # too late is no error
+    await asyncio.sleep(0)
+    assert ends.seen == [outcome]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("work", [hang, end_in_peace])
+async def test_cancelled_job_is_told_so_whatever_it_did_about_that(work: Any, steps: int) -> None:
+    tasks, ends = Tasks(), Ends()
+    job = tasks.start(work(), "job", 10.0, ends)
+    for _ in range(steps):  # none: it is cancelled before its first step
+        await asyncio.sleep(0)
+    job.cancel()
+    job.cancel()
+    assert not ends.seen
+    await job.wait()
+    assert ends.seen == [(None, "CancelledError", True, False)]
+    assert not tasks.running
+
+
+async def test_job_that_ended_before_it_was_cancelled_succeeded() -> None:
+    tasks, ends = Tasks(), Ends()
+    job = tasks.start(succeed(5, wait=False), "job", 10.0, ends)
+    await until(lambda: job.task.done())
+    job.cancel()
+    await tasks.wait(1.0)
+    assert ends.seen == [(5, "", False, False)]
+
+
+async def test_waiting_that_is_cancelled_cancels_the_job_and_outlasts_it() -> None:
+    tasks, ends = Tasks(), Ends()
+    job = tasks.start(end_in_peace(), "job", None, ends)
+    waiting = asyncio.ensure_future(job.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert ends.seen == [(None, "CancelledError", True, False)] and job.is_over
+
+
+@pytest.mark.parametrize("how", ["cancel", "late", "end_all", "wait"])
+async def test_job_that_ignores_its_end_is_left_behind_with_an_outcome(
+    how: str, scaled: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "karna_ws")
+    tasks, ends, go = Tasks(), Ends(), asyncio.Event()
+    job = tasks.start(ignore_cancellation(go), "stubborn", 0.01 if how == "late" else None, ends)
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    if how == "cancel":
+        job.cancel()
+    elif how == "end_all":
+        await tasks.end_all()
+    if how == "wait":
+        waiting = asyncio.ensure_future(job.wait())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    else:
+        await job.wait()
+    assert time.monotonic() - began < 1.0  # CANCEL_WAIT_S is 50 ms here
+    error = "TimeoutError" if how == "late" else "CancelledError"
+    assert ends.seen == [(None, error, how in ("cancel", "wait"), how == "late")]
+    assert tasks.running == () and not job.task.done()
+    assert await tasks.wait(0.0), "who is left behind is not waited for"
+    assert "stubborn ignores its cancellation" in caplog.text
+    go.set()
+    await until(job.task.done)
+    await asyncio.sleep(0)
+    assert "stubborn has ended after all: after all" in caplog.text
+    assert not tasks._left and len(ends.seen) == 1
+
+
+async def test_end_that_raises_is_reported_and_stops_nothing() -> None:
+    errors: list[tuple[str, str]] = []
+    tasks = Tasks(lambda name, error: errors.append((name, str(error))))
+
+    def on_end(job: Job) -> None:
+        raise RuntimeError("boom")
+
+    job = tasks.start(succeed(5, wait=True), "job", None, on_end)
+    await job.wait()
+    await asyncio.sleep(0)
+    assert errors == [("the end of job", "boom")] and tasks.running == ()
+
+
+async def test_what_the_end_of_a_job_starts_is_waited_for_too() -> None:
+    tasks, ended = Tasks(), []
+
+    def start_another(job: Job | None) -> None:
+        ended.append(job)
+        if len(ended) < 5:
+            tasks.start(succeed(len(ended), wait=True), "next", None, start_another)
+
+    start_another(None)
+    assert await tasks.wait(DEADLINE_S)
+    assert len(ended) == 5
+
+
+# --- Tasks -----------------------------------------------------------------------------------------
+
+
+async def test_task_that_fails_is_reported_but_not_what_was_somebodys_answer() -> None:
+    errors: list[tuple[str, BaseException]] = []
+    tasks = Tasks(lambda name, error: errors.append((name, error)))
+    broken = ValueError("x")
+    tasks.spawn(fail(broken, wait=True), "broken")
+    tasks.spawn(fail(Unavailable("away"), wait=True), "answered")
+    tasks.spawn(hang(), "cancelled").cancel()
+    assert await tasks.spawn(succeed(5, wait=True), "fine") == 5
+    assert await tasks.wait(DEADLINE_S)
+    assert errors == [("broken", broken)]
+
+
+async def test_task_that_fails_is_logged_by_default() -> None:
+    with error_log(expected=True) as log:
+        tasks = Tasks()
+        tasks.spawn(fail(ValueError("x"), wait=True), "broken")
+        assert await tasks.wait(DEADLINE_S)
+    [line] = log.lines
+    assert line.startswith("karna_ws: broken failed: ValueError") and "Traceback" in line
+
+
+async def test_waiting_for_tasks_is_bounded_and_ending_them_too(scaled: None) -> None:
+    tasks, go = Tasks(), asyncio.Event()
+    assert await tasks.wait(0.0)
+    quiet = tasks.spawn(hang(), "quiet")
+    stubborn = tasks.spawn(ignore_cancellation(go), "stubborn")
+    assert set(tasks.running) == {quiet, stubborn}
+    assert not await tasks.wait(0.01)
+    began = time.monotonic()
+    await tasks.end(quiet)
+    assert quiet.cancelled() and tasks.running == (stubborn,)
+    await tasks.end_all()
+    assert time.monotonic() - began < 1.0 and tasks.running == ()
+    assert not stubborn.done()
+    go.set()
+    await until(stubborn.done)
+
+
+async def test_several_may_wait_for_the_same_tasks() -> None:
+    tasks = Tasks()
+    task = tasks.spawn(hang(), "task")
+    waiting = [asyncio.ensure_future(tasks.wait(DEADLINE_S)) for _ in range(3)]
+    await asyncio.sleep(0)
+    task.cancel()
+    assert await asyncio.gather(*waiting) == [True] * 3
+    # Idle again, and waited for again.
+    task = tasks.spawn(hang(), "task")
+    again = asyncio.ensure_future(tasks.wait(DEADLINE_S))
+    await asyncio.sleep(0)
+    assert not again.done()
+    task.cancel()
+    assert await again
+
+
+def test_loop_that_closes_gives_its_jobs_their_end() -> None:
+    ends = Ends()
+
+    async def main() -> None:
+        tasks = Tasks()
+        for _ in range(2):
+            tasks.start(hang(), "job", 5.0, ends)
+
+    asyncio.run(main())  # ends what runs; a warning of a coroutine never awaited would fail
+    gc.collect()
+    assert [error for _, error, _, _ in ends.seen] == ["CancelledError"] * 2

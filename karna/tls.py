@@ -1,0 +1,104 @@
+"""A socket in its TLS handshake: counted, bounded in time, and owned like any other.
+
+asyncio's own TLS server would tell us of a connection only once its handshake is over. So the
+listener accepts plain TCP, and this is what it hands a socket to first. Touches the hub; used by
+the listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any, cast
+
+from karna.config import Config
+from karna.connection import Connection, peer_address
+from karna.door import NEVER
+from karna.errors import StartError
+from karna.hub import Hub
+
+MAX_EARLY_BYTES = 64 * 1024  # that arrive with the handshake's last packet; asyncio reads no more
+
+
+def entrances(config: Config, create_connection: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes the protocol of an accepted socket. Raises StartError for a bad certificate."""
+    context = make_tls_context(config)
+
+    def create(*args: Any, **options: Any) -> TlsEntrance:
+        return TlsEntrance(create_connection(*args, **options), context)
+
+    return create
+
+
+def make_tls_context(config: Config) -> ssl.SSLContext:
+    """The TLS context of --certfile and --keyfile. Raises StartError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cast(str, config.certfile), config.keyfile)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        raise StartError(f"can't use the TLS certificate {config.certfile}: {reason}") from None
+    return context
+
+
+class TlsEntrance(asyncio.Protocol):
+    """One socket until its handshake is over; then its connection takes it."""
+
+    is_dispensable = True
+    deadline = NEVER  # asyncio has one of its own
+
+    def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
+        self.hub: Hub = connection.hub
+        self._connection = connection
+        self._context = context
+        self._early = b""
+        self._has_ended = False
+
+    @property
+    def who(self) -> str:
+        """As logs name it."""
+        return f"{self._connection.name} {peer_address(self.transport)}"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.pause_reading()  # what arrives belongs to the handshake
+        self.hub.adopt(self)
+        self.hub.spawn(self._shake_hands(), "TLS handshake")
+
+    def data_received(self, data: bytes) -> None:
+        self._early += data
+        if len(self._early) > MAX_EARLY_BYTES:
+            self.abort()
+
+    def eof_received(self) -> None:
+        self._has_ended = True
+
+    def on_deadline(self, now: float) -> None:
+        """Never: see `deadline`."""
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self.transport.abort()
+
+    async def _shake_hands(self) -> None:
+        loop, timeout_s = asyncio.get_running_loop(), self.hub.config.open_timeout_s
+        try:
+            transport = await loop.start_tls(
+                self.transport, self, self._context, server_side=True,
+                ssl_handshake_timeout=timeout_s,
+            )  # fmt: skip
+        except OSError:  # no TLS, an old version, too slow, gone
+            self.hub.metrics.refusals["TLS"] += 1
+            return self.transport.abort()
+        except BaseException:  # cancelled: the server ends
+            self.transport.abort()
+            raise
+        finally:
+            self.hub.release(self)
+        if transport is None or transport.is_closing() or self._has_ended:
+            return self.transport.abort()
+        transport.set_protocol(self._connection)
+        self._connection.connection_made(transport)
+        if self._early:
+            self._connection.data_received(self._early)
