@@ -300,6 +300,26 @@ async def test_close_fails_what_is_unanswered_and_what_waits() -> None:
         assert gate.begun == ["a"]
 
 
+async def test_request_that_is_being_written_when_the_connection_breaks_fails() -> None:
+    async def deaf(peer: Peer) -> None:
+        await peer.welcome()
+        if peer.number == 0:
+            peer.connection.transport.pause_reading()
+            await until(lambda: client._pending)
+            peer.connection.transport.abort()
+        else:
+            await peer.answer({"result": "short"})
+
+    async with scripted(deaf) as port, hurried():
+        client = join(port)
+        await client.__aenter__()
+        with pytest.raises(ConnectionLost, match="may have been executed"):
+            await client.execute("x" * 20_000_000)  # more than any socket's buffer holds
+        assert not client._pending
+        assert await client.execute("brew") == "short"
+        await client.close()
+
+
 async def test_answers_that_nobody_waits_for_are_dropped() -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()
@@ -558,6 +578,31 @@ async def test_handler_is_cancelled_when_the_connection_breaks() -> None:
             await cancelled.wait()
             assert await client.execute("x") == "no answer came but this"
             assert not client._calls
+
+
+async def test_close_cancels_handlers_and_waits_for_them() -> None:
+    begun, over = asyncio.Event(), []
+
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.send(question(1, "slow"))
+        await peer.closed()
+
+    async with scripted(script) as port:
+        client = join(port)
+
+        @client.on("slow")
+        async def slow() -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                over.append("tidied up")
+
+        async with client:
+            await begun.wait()
+        assert over == ["tidied up"] and not client._calls
 
 
 async def test_calls_before_the_welcome_end_when_it_never_comes() -> None:
