@@ -276,8 +276,7 @@ class Client:
         try:
             await pending.connection.send(text, text=True)
             answer = await asyncio.shield(pending.answer)  # for `settled`, which waits for it too
-        except ConnectionClosed as closed:
-            self._pending.pop(id, None)
+        except ConnectionClosed as closed:  # `_on_lost` has forgotten it, or will
             raise _lost(str(end_of(closed))) from None
         except asyncio.CancelledError:
             pending.on_progress = None

@@ -166,6 +166,27 @@ async def test_cancelling_the_awaiting_task_cancels_the_command() -> None:
         assert not client._pending and not client._cancels
 
 
+async def test_cancelled_request_reports_no_more() -> None:
+    seen: list[Any] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        request = await peer.next()
+        report = {"type": "command_progress", "data": {"progress": 1}, "id": request["id"]}
+        await peer.send(report)
+        await peer.next("cancel")
+        error = {"code": "cancelled", "message": "cancelled"}
+        await peer.send(report, {"type": "error", "data": error, "id": request["id"]})
+        await peer.closed()
+
+    async with scripted(script) as port, join(port) as client:
+        task = asyncio.create_task(client.execute("brew", on_progress=seen.append))
+        await until(lambda: seen)
+        task.cancel()
+        await client.settled()
+    assert seen == [1] and task.cancelled()
+
+
 async def test_asyncio_timeout_cancels_the_command() -> None:
     manager = WebSocketManager()
     gate = Gate(manager)
@@ -315,8 +336,8 @@ async def test_request_that_is_being_written_when_the_connection_breaks_fails() 
         await client.__aenter__()
         with pytest.raises(ConnectionLost, match="may have been executed"):
             await client.execute("x" * 20_000_000)  # more than any socket's buffer holds
-        assert not client._pending
         assert await client.execute("brew") == "short"
+        assert not client._pending
         await client.close()
 
 
@@ -580,7 +601,9 @@ async def test_handler_is_cancelled_when_the_connection_breaks() -> None:
             assert not client._calls
 
 
-async def test_close_cancels_handlers_and_waits_for_them() -> None:
+async def test_close_cancels_handlers_and_waits_for_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     begun, over = asyncio.Event(), []
 
     async def script(peer: Peer) -> None:
@@ -597,12 +620,13 @@ async def test_close_cancels_handlers_and_waits_for_them() -> None:
             try:
                 await asyncio.Event().wait()
             finally:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.05)  # the closing handshake takes 1/50 of it
                 over.append("tidied up")
 
         async with client:
             await begun.wait()
         assert over == ["tidied up"] and not client._calls
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 async def test_calls_before_the_welcome_end_when_it_never_comes() -> None:
