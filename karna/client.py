@@ -265,14 +265,18 @@ class Client:
             raise TypeError("on_progress must be a plain function, not async")
         id = next(self._ids)
         text = dumps({"method": method, "params": params, "id": id})
+        connection = await self._link.connected(self._wait_s)
         if method == "get_status":  # answered at once, whatever else waits
-            return await self._exchange(text, id, on_progress)
-        async with self._slots:
-            return await self._exchange(text, id, on_progress)
+            return await self._exchange(text, _Pending(id, connection, on_progress))
+        while True:
+            async with self._slots:
+                # It may have broken meanwhile: nobody holds a place while waiting for the next.
+                if (now := self._link.connection) is not None:
+                    return await self._exchange(text, _Pending(id, now, on_progress))
+            await self._link.connected(self._wait_s)
 
-    async def _exchange(self, text: bytes, id: int, on_progress: Progress | None) -> Any:
-        pending = _Pending(id, await self._link.connected(self._wait_s), on_progress)
-        self._pending[id] = pending
+    async def _exchange(self, text: bytes, pending: _Pending) -> Any:
+        self._pending[pending.id] = pending
         try:
             await pending.connection.send(text, text=True)
             answer = await asyncio.shield(pending.answer)  # for `settled`, which waits for it too

@@ -290,6 +290,31 @@ async def test_request_that_finds_no_connection_in_time_fails_unsent() -> None:
                 await request
 
 
+async def test_requests_that_wait_for_an_answer_and_then_a_connection_fail_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("karna.client.MAX_UNANSWERED", 1)
+    manager = WebSocketManager()
+    gate = Gate(manager)
+    wait_s = 0.2
+    loop = asyncio.get_running_loop()
+    async with (
+        served(manager) as server,
+        Wire(server.port) as wire,
+        hurried(),
+        join(wire.port, wait_s=wait_s) as client,
+    ):
+        tasks = [asyncio.create_task(client.execute(f"gate {name}")) for name in "abcd"]
+        await until(lambda: gate.begun)
+        wire.cut()
+        began = loop.time()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        # 0: a is lost, the others begin to wait; 0.2: they fail. One after the other: 0.6.
+        assert [type(each) for each in outcomes] == [ConnectionLost] + 3 * [NotConnected]
+        assert wait_s <= loop.time() - began < 2 * wait_s
+        assert gate.begun == ["a"]
+
+
 async def test_client_outside_its_block_says_so() -> None:
     async with served() as server:
         client = join(server)

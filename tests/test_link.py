@@ -436,7 +436,7 @@ async def test_peer_that_says_nothing_is_left() -> None:
 async def test_server_that_is_not_there_is_told_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for url in (f"ws://127.0.0.1:{port}", f"ws://{'a' * 70}.example", "ws://no-such-host.invalid"):
+    for url in (f"ws://127.0.0.1:{port}", f"ws://{'a' * 70}.example"):
         with pytest.raises(NotConnected, match="cannot connect to ws://"):
             await connect(url).__aenter__()
 
