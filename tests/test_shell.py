@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import io
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from karna import shell
-from karna.shell import bar, json_line, main, parse_arguments, percent_of
+from karna.shell import ProgressDisplay, bar, json_line, main, parse_arguments, percent_of, run
 from karna_ws import WebSocketManager
 from support import Gate, failing_manager, served, until
 from support_clients import Wire
@@ -24,6 +26,8 @@ from support_link import Peer, scripted
 from support_peers import TOKEN
 from support_process import ENVIRONMENT
 from support_property import JSON, PROPERTY, given, st
+
+EVIL = "\x1b]0;owned\x07\x9b2J\r\n\u202e"
 
 needs_terminal = pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 
@@ -124,6 +128,69 @@ def test_bar_grows() -> None:
     assert bar(0) == f"[{'.' * 30}]   0.0 %"
     assert bar(50) == f"[{'#' * 15}{'.' * 15}]  50.0 %"
     assert bar(100) == f"[{'#' * 30}] 100.0 %"
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers what was written; `gone` is one that was closed."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "the terminal has gone")
+        return super().write(text)
+
+
+def test_display_leaves_the_line_of_its_bar_before_another() -> None:
+    terminal = Terminal()
+    display = ProgressDisplay(terminal)
+    for progress in ({"percent": 0}, {"percent": 50}, "grinding" + EVIL, {"a": 1}, {"percent": 60}):
+        display.show(progress)
+    display.finish()
+    display.finish()
+    first, text, other, last, rest = terminal.getvalue().split("\n")
+    assert (first, other, last, rest) == (f"\r{bar(0)}\r{bar(50)}", '{"a":1}', f"\r{bar(60)}", "")
+    assert text.startswith("grinding ]0;owned 2J") and text.isprintable()
+    terminal.gone = True
+    display.show("nobody sees this")  # and the command goes on
+
+
+async def test_run_does_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    manager = WebSocketManager()
+    async with served(manager) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        await run(parse_arguments(["--url", url, "echo", "hi"]))
+        assert capsys.readouterr() == ('"hi"\n', "")
+        await run(parse_arguments(["--url", url, "--status"]))
+        assert "command" in json.loads(capsys.readouterr().out)
+        listening = asyncio.create_task(run(parse_arguments(["--url", url, "--listen"])))
+        await until(lambda: manager.raw)
+        manager.broadcast("tick", 1)
+        printed = ""
+        while not (printed := printed + capsys.readouterr().out):
+            await asyncio.sleep(0)
+        listening.cancel()
+        assert {**json.loads(printed), "offset": ""} == {"type": "tick", "data": 1, "offset": ""}
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+
+
+async def test_run_that_is_cancelled_waits_for_the_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manager = WebSocketManager()
+    gate = Gate(manager)
+    async with served(manager) as server:
+        words = ["--url", f"ws://127.0.0.1:{server.port}", "gate a"]
+        running = asyncio.create_task(run(parse_arguments(words)))
+        await until(lambda: gate.begun)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert gate.cancelled == ["a"] and capsys.readouterr().out == ""
 
 
 # --- one command -------------------------------------------------------------------------------
@@ -229,9 +296,6 @@ async def test_connection_that_breaks_is_one_line_and_no_second_try() -> None:
         assert await program.ended() == 2
     assert "may have been executed" in program.err and program.err.count("\n") == 1
     assert gate.begun == ["a"]
-
-
-EVIL = "\x1b]0;owned\x07\x9b2J\r\n\u202e"
 
 
 async def test_nothing_of_the_server_reaches_the_terminal_as_a_command() -> None:
