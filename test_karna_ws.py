@@ -182,6 +182,17 @@ async def test_http_connection_is_kept_until_either_side_says_close() -> None:
             assert answer.headers["connection"] == "close"
 
 
+async def test_load_balancers_and_proxies_are_understood() -> None:
+    async with served() as server:
+        for request_head, status in (
+            (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET /api/status HTTP/1.0\r\n\r\n", 400),
+            (head("GET", "/health", {"Host": None}), 400),
+            (head("GET", "http://localhost:80/health"), 200),
+            (head("GET", "http://evil.example/health"), 403),  # which names the host, not `Host`
+        ):  # fmt: skip
+            assert (await ask(server.port, request_head)).status == status, request_head
+
+
 async def test_pipelined_requests_are_answered_in_order_and_an_upgrade_may_be_the_last() -> None:
     keep = {"Connection": None}
     manager = WebSocketManager()

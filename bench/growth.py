@@ -68,6 +68,8 @@ GROWTHS = [
            lambda n: f"--clients 16 --size {n}", per_kib),
     Growth("requests in flight on one connection", "us a request", (1, 4, 16, 64, 256, 1_024),
            lambda n: f"--clients 1 --inflight {n}", per_request),
+    Growth("POSTs in flight on one connection", "us a request", (1, 4, 16, 64, 256),
+           lambda n: f"--clients 1 --inflight {n}", per_request, "http"),
     Growth("fragments of a 64 KiB request", "us a fragment", (1, 16, 256, 1_024, 3_800),
            lambda n: f"--clients 1 --size 65536 --fragments {n}", per_step),
     Growth("bytes of a request that comes byte by byte", "us a byte", (100, 400, 1_600, 6_400),

@@ -1,20 +1,26 @@
-/* Load for the bench: many WebSocket clients in one process and one thread, over epoll.
+/* Load for the bench: many clients in one process and one thread, over epoll.
  *
  *   load --port 8000 --clients 64 --inflight 16            request and answer, closed loop
+ *   load --port 8000 --clients 64 --http 1                 the same by POST over kept connections
+ *   load --port 8000 --clients 64 --line 'echo hello'      the same line again and again
+ *   load --port 8000 --clients 64 --sessions 1             connect, one request, close; again
  *   load --port 8000 --listeners 1000 --publish 8          broadcasts, 8 in flight
  *   load --port 8000 --clients 1 --every-us 1000 --listeners 1000 --publish-every-us 20000 --slow 8
  *   load --port 8000 --handshakes 1000 --inflight 64       opening handshakes
  *   load --port 8000 --listeners 2000 --hold 1             connect, print a line, stay until stdin ends
  *
  * Prints one JSON object and ends with 0; any wrong, missing, doubled or error answer, or a lost
- * connection, ends with 1 and one line on stderr. Every request carries its own id, and the answer
- * must bring back an id that is outstanding. Every broadcast carries a number, and each client must
- * see each number once and in order.
+ * connection, ends with 1 and one line on stderr. Every request has a number of its own, which is
+ * its id and stands in its command line too (10000000 in --line), so that no line is asked twice
+ * until 40 million have been. The answer must bring back an id that is outstanding, and the text
+ * that belongs to it (--answer, in which 20000000 is twice the number). By POST there is no id:
+ * answers come in order. Every broadcast carries a number, and each client must see each number
+ * once and in order.
  *
- * Requests are masked once: only the eight digits of the id are changed for each request. So one
+ * Requests are masked once: only the eight digits of a number are changed for each request. So one
  * core drives about a million requests a second, and "load_cpu" says how busy that core was.
  *
- * Sections: options, time and histogram, clients and buffers, frames, requests, answers, broadcasts,
+ * Sections: options, time and histogram, clients and buffers, frames, requests, broadcasts, answers,
  * opening and closing, event loop, reports, main.
  */
 #define _GNU_SOURCE
@@ -29,6 +35,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -60,8 +67,13 @@ static struct {
     long handshakes, hold;
     long milliseconds, warmup_ms;
     long pid;                       /* the server's, to read its processor time */
-    long status;                    /* 1: get_status instead of `echo hello` */
-} opt = {.inflight = 1, .fragments = 1, .milliseconds = 1000, .warmup_ms = 300};
+    long status;                    /* 1: get_status instead of a command line */
+    long http;                      /* 1: POST over kept connections instead of a WebSocket */
+    long sessions;                  /* 1: each request has a connection of its own */
+    const char *line, *answer;      /* what is asked, what must be in its answer; 10000000 counts */
+    const char *path;               /* of a POST */
+} opt = {.inflight = 1, .fragments = 1, .milliseconds = 1000, .warmup_ms = 300,
+         .line = "echo w10000000 w10000000", .path = "/api/execute_command"};
 
 static const struct { const char *name; long *value; } OPTIONS[] = {
     {"--port", &opt.port}, {"--socketio", &opt.socketio}, {"--clients", &opt.clients},
@@ -71,20 +83,32 @@ static const struct { const char *name; long *value; } OPTIONS[] = {
     {"--slow", &opt.slow}, {"--handshakes", &opt.handshakes}, {"--hold", &opt.hold},
     {"--milliseconds", &opt.milliseconds}, {"--warmup-ms", &opt.warmup_ms}, {"--pid", &opt.pid},
     {"--status", &opt.status}, {"--attachments", &opt.attachments},
-    {"--attachment-bytes", &opt.attachment_bytes},
+    {"--attachment-bytes", &opt.attachment_bytes}, {"--http", &opt.http}, {"--sessions", &opt.sessions},
 };
+static const struct { const char *name, **value; } TEXTS[] = {
+    {"--line", &opt.line}, {"--answer", &opt.answer}, {"--path", &opt.path},
+};
+
+#define COUNT(table) (sizeof(table) / sizeof *(table))
+
+static bool set_option(const char *name, const char *value) {
+    for (size_t k = 0; k < COUNT(OPTIONS); k++)
+        if (strcmp(name, OPTIONS[k].name) == 0) { *OPTIONS[k].value = atol(value); return true; }
+    for (size_t k = 0; k < COUNT(TEXTS); k++)
+        if (strcmp(name, TEXTS[k].name) == 0) { *TEXTS[k].value = value; return true; }
+    return false;
+}
 
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i += 2) {
-        size_t k = 0, count = sizeof OPTIONS / sizeof *OPTIONS;
-        while (k < count && strcmp(argv[i], OPTIONS[k].name) != 0) k++;
-        if (k == count || i + 1 == argc) {
-            fprintf(stderr, "load: what is %s?\n", argv[i]);
-            exit(2);
-        }
-        *OPTIONS[k].value = atol(argv[i + 1]);
+        if (i + 1 < argc && set_option(argv[i], argv[i + 1])) continue;
+        fprintf(stderr, "load: what is %s?\n", argv[i]);
+        exit(2);
     }
     if (opt.every_us && opt.inflight < 256) opt.inflight = 256;  /* room for late answers */
+    if (opt.every_us && opt.http) fail("--every-us needs ids, which a POST has not");
+    if (opt.fragments > 1) opt.line = "echo hello";  /* a number must not be cut by a frame's end */
+    if (opt.status) opt.line = NULL;
 }
 
 /* ---- time and histogram ----------------------------------------------------------------------- */
@@ -139,7 +163,9 @@ typedef struct {
     Role role;
     State state;
     bool waits_for_room, closing;
-    uint32_t round;          /* makes ids: FIRST_ID + round * inflight + slot */
+    bool said_goodbye;       /* the server has answered our close frame */
+    bool heard;              /* a broadcast, so that next_tick is known */
+    uint32_t oldest;         /* the slot that a POST's answer belongs to */
     uint32_t next_tick;      /* the broadcast it must see next */
     uint64_t since_ns;       /* start of its connect */
     Buffer in, out;          /* what one read or write left over */
@@ -198,7 +224,7 @@ static void flush(Client *c) {
 /* ---- frames ----------------------------------------------------------------------------------- */
 
 enum { CONTINUATION = 0, TEXT = 1, BINARY = 2, CLOSE = 8, PING = 9, PONG = 10 };
-static const uint8_t MASK[4] = {0x37, 0xfa, 0x21, 0x3d};
+static const uint8_t MASK[4] = {0x37, 0xfa, 0x21, 0x3d}, NO_MASK[4];
 
 static void append_frame(Buffer *b, int opcode, bool final, const char *payload, size_t len) {
     uint8_t head[14] = {(uint8_t)((final ? 0x80 : 0) | opcode)};
@@ -237,30 +263,65 @@ static size_t take_frame(const uint8_t *bytes, size_t have, int *opcode, const c
 
 /* ---- requests --------------------------------------------------------------------------------- */
 
-enum { FIRST_ID = 10000000, LAST_ID = 99999999, DIGITS = 8 };
+enum { FIRST_ID = 10000000, LAST_ID = 49999999, DIGITS = 8 };  /* twice of it has 8 digits, too */
+enum { NUMBERS = 8 };
 
-/* A masked request and where its numbers stand, so that sending is a copy and a few digits. */
-typedef struct { Buffer bytes; size_t at[3], phase[3]; int numbers; } Template;
-static Template request_template, publish_template;
+/* Bytes and where the numbers stand in them, so that sending is a copy and a few digits. */
+typedef struct {
+    Buffer bytes;
+    const uint8_t *mask;
+    struct { size_t at; uint32_t times; int phase; } number[NUMBERS];
+    int numbers;
+} Template;
+static Template request_template, publish_template, answer_template;
 
-static void find_numbers(Template *t, const char *json, const char *marker, size_t head) {
-    for (const char *p = json; (p = strstr(p, marker)); p += DIGITS) {
-        t->at[t->numbers] = head + (size_t)(p - json);
-        t->phase[t->numbers++] = (size_t)(p - json) & 3;
+static void find_numbers(Template *t, const char *text, const char *marker, uint32_t times, size_t head) {
+    for (const char *p = text; (p = strstr(p, marker)); p += DIGITS) {
+        if (t->numbers == NUMBERS) fail("more than %d numbers in %s", NUMBERS, text);
+        t->number[t->numbers].at = head + (size_t)(p - text);
+        t->number[t->numbers].phase = (int)(p - text) & 3;
+        t->number[t->numbers++].times = times;
     }
+}
+
+static Template make_plain(const char *text) {
+    Template t = {.mask = NO_MASK};
+    append(&t.bytes, text, strlen(text));
+    find_numbers(&t, text, "10000000", 1, 0);
+    find_numbers(&t, text, "20000000", 2, 0);
+    return t;
+}
+
+static char *format(const char *pattern, ...) {
+    char *text;
+    va_list values;
+    va_start(values, pattern);
+    if (vasprintf(&text, pattern, values) < 0) abort();
+    va_end(values);
+    return text;
 }
 
 /* The event `rpc`, asking for an ack; attachments are further arguments of it. */
 static char *make_event(const char *json) {
-    char kind[16] = "2", *text, *longer;
-    if (opt.attachments) snprintf(kind, sizeof kind, "5%ld-", opt.attachments);
-    if (asprintf(&text, "4%s/ws,%d[\"rpc\",%s", kind, FIRST_ID, json) < 0) abort();
-    for (long k = 0; k < opt.attachments; k++, text = longer) {
-        if (asprintf(&longer, "%s,{\"_placeholder\":true,\"num\":%ld}", text, k) < 0) abort();
-        free(text);
-    }
-    if (asprintf(&longer, "%s]", text) < 0) abort();
-    free(text);
+    char *kind = opt.attachments ? format("5%ld-", opt.attachments) : format("2");
+    char *text = format("4%s/ws,%d[\"rpc\",%s", kind, FIRST_ID, json);
+    for (long k = 0; k < opt.attachments; k++)
+        text = format("%s,{\"_placeholder\":true,\"num\":%ld}", text, k);
+    return format("%s]", text);
+}
+
+/* The id comes first: so it is never cut by fragmentation. */
+static char *make_json(const char *line) {
+    if (!line) return format("{\"id\":%d,\"method\":\"get_status\"}", FIRST_ID);
+    return format("{\"id\":%d,\"method\":\"execute_command\",\"params\":{\"command\":\"%s\"}}", FIRST_ID, line);
+}
+
+/* The line, longer by x's until its request has `size` bytes. */
+static const char *make_longer(const char *line, long size) {
+    long more = line ? size - (long)strlen(make_json(line)) : 0;
+    if (more <= 0) return line;
+    char *longer = format("%s%*s", line, (int)more, "");
+    memset(longer + strlen(line), 'x', (size_t)more);
     return longer;
 }
 
@@ -270,56 +331,57 @@ static void append_attachment(Buffer *b) {
     free(bytes);
 }
 
-static Template make_template(const char *command, long size, long fragments) {
-    Template t = {0};
-    char *params = NULL, *json = NULL, *text = NULL;
-    if (command) {
-        if (asprintf(&params, ",\"params\":{\"command\":\"%s\"}", command) < 0) abort();
-    } else params = strdup("");
-    /* The id comes first: so it is never cut by fragmentation. */
-    int n = asprintf(&json, "{\"id\":%d,\"method\":\"%s\"%s}", FIRST_ID,
-                     command ? "execute_command" : "get_status", params);
-    if (n < size) {  /* longer by x's at the end of the command */
-        size_t more = (size_t)(size - n);
-        json = realloc(json, (size_t)size + 1);
-        memset(json + n - 3, 'x', more);
-        memcpy(json + n - 3 + more, "\"}}", 4);
-    }
-    if (opt.socketio) text = make_event(json);
-    else text = strdup(json);
-
+static Template make_frames(const char *line, long fragments) {
+    Template t = {.mask = MASK};
+    char *text = make_json(line);
+    if (opt.socketio) text = make_event(text);
     size_t len = strlen(text), step = (len + (size_t)fragments - 1) / (size_t)fragments;
     for (size_t from = 0; from < len; from += step) {
         size_t count = len - from < step ? len - from : step;
         append_frame(&t.bytes, from ? CONTINUATION : TEXT, from + count == len, text + from, count);
     }
     size_t first = len < step ? len : step;
-    size_t head = first < 126 ? 6 : first < 65536 ? 8 : 14;
-    find_numbers(&t, text, "10000000", head);
+    find_numbers(&t, text, "10000000", 1, first < 126 ? 6 : first < 65536 ? 8 : 14);
     for (long k = 0; k < opt.attachments; k++) append_attachment(&t.bytes);
-    free(params); free(json); free(text);
     return t;
+}
+
+static Template make_post(const char *line) {
+    char *body = format("{\"command\":\"%s\"}", line);
+    return make_plain(format("POST %s HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nContent-Type: application/json\r\n"
+                             "Content-Length: %zu\r\n\r\n%s", opt.path, opt.port, strlen(body), body));
+}
+
+/* What is asked, and what must be in the answer: of `echo`, the line and what follows the name. */
+static void make_request(void) {
+    const char *line = make_longer(opt.line, opt.size), *answer = opt.answer;
+    if (!answer && line && memcmp(line, "echo ", 5) == 0)
+        answer = format("\"command\":\"%s\",\"result\":\"%s\"", line, line + 5);
+    request_template = opt.http ? make_post(line) : make_frames(line, opt.fragments);
+    if (answer) answer_template = make_plain(answer);
 }
 
 static void append_request(Buffer *out, const Template *t, uint32_t number) {
     append(out, t->bytes.data, t->bytes.len);
-    uint8_t *frame = out->data + out->len - t->bytes.len;
-    char digits[DIGITS];
-    for (int i = DIGITS - 1; i >= 0; i--, number /= 10) digits[i] = (char)('0' + number % 10);
-    for (int n = 0; n < t->numbers; n++)
-        for (size_t i = 0; i < DIGITS; i++)
-            frame[t->at[n] + i] = (uint8_t)digits[i] ^ MASK[(t->phase[n] + i) & 3];
+    uint8_t *bytes = out->data + out->len - t->bytes.len;
+    for (int n = 0; n < t->numbers; n++) {
+        uint8_t *digits = bytes + t->number[n].at;
+        uint32_t value = number * t->number[n].times;
+        for (int i = DIGITS - 1; i >= 0; i--, value /= 10)
+            digits[i] = (uint8_t)('0' + value % 10) ^ t->mask[(t->number[n].phase + i) & 3];
+    }
 }
 
 static bool stopping;      /* the time is over: nothing new is sent, answers are awaited */
 static long outstanding;   /* requests without an answer */
-static struct { uint64_t requests, deliveries, broadcasts, late, bytes_in; } count;
+static struct { uint64_t requests, sessions, deliveries, broadcasts, late, bytes_in; } count;
 static Histogram latency, flush_time;
 
+/* The numbers of all clients differ: FIRST_ID + turn * inflight + slot. */
 static void request(Client *c, uint32_t slot, uint64_t since_ns) {
-    uint32_t inflight = (uint32_t)opt.inflight;
-    uint32_t rounds = (LAST_ID - FIRST_ID) / inflight;
-    uint32_t id = FIRST_ID + c->round++ % rounds * inflight + slot;
+    static uint32_t turn;
+    uint32_t inflight = (uint32_t)opt.inflight, turns = (LAST_ID - FIRST_ID) / inflight;
+    uint32_t id = FIRST_ID + turn++ % turns * inflight + slot;
     c->slots[slot] = (Slot){id, since_ns};
     append_request(&c->out, &request_template, id);
     outstanding++;
@@ -344,9 +406,12 @@ static void handle_tick(Client *c, const char *payload, size_t len, uint64_t now
     uint32_t tick = 0;
     for (int i = 0; i < DIGITS; i++) tick = tick * 10 + (uint32_t)(at[5 + i] - '0');
     tick -= FIRST_ID;
+    if (!publisher && !c->heard) c->next_tick = tick;  /* another load's: it may have begun long ago */
     if (tick != c->next_tick) fail("a client saw broadcast %u, expected %u", tick, c->next_tick);
+    c->heard = true;
     c->next_tick++;
     count.deliveries++;
+    if (!publisher) return;
     if (++ticks[tick % TICKS].seen < (uint32_t)client_count) return;
     record(&flush_time, now - ticks[tick % TICKS].since_ns);
     ticks_done++;
@@ -369,15 +434,34 @@ static uint32_t envelope_id(const char *json, size_t len) {
     return 0;
 }
 
-static void handle_answer(Client *c, uint32_t id, uint64_t now) {
+/* The text that belongs to this request, at the place where it was the last time or elsewhere. */
+static void check_text(const char *json, size_t len, uint32_t id) {
+    static Buffer wanted;
+    static size_t at;
+    if (!answer_template.bytes.len) return;
+    wanted.len = 0;
+    append_request(&wanted, &answer_template, id);
+    if (at + wanted.len <= len && memcmp(json + at, wanted.data, wanted.len) == 0) return;
+    const char *found = memmem(json, len, wanted.data, wanted.len);
+    if (!found)
+        fail("%.*s is not in the answer %.*s", (int)wanted.len, wanted.data, (int)(len < 300 ? len : 300), json);
+    at = (size_t)(found - json);
+}
+
+static void say_goodbye(Client *c);
+
+static void handle_answer(Client *c, uint32_t id, const char *json, size_t len, uint64_t now) {
     if (c->role != REQUESTS) return;  /* the publisher's own answers: broadcasts are what counts */
-    Slot *slot = &c->slots[(id - FIRST_ID) % (uint32_t)opt.inflight];
+    Slot *slot = &c->slots[opt.http ? c->oldest : (id - FIRST_ID) % (uint32_t)opt.inflight];
+    if (opt.http) { id = slot->id; c->oldest = (c->oldest + 1) % (uint32_t)opt.inflight; }
     if (!id || slot->id != id) fail("an answer with id %u, which is not outstanding", id);
+    check_text(json, len, id);
     record(&latency, now - slot->since_ns);
     slot->id = 0;
     outstanding--;
     count.requests++;
-    if (!stopping && !opt.every_us) request(c, (uint32_t)(slot - c->slots), now);
+    if (opt.sessions) say_goodbye(c);
+    else if (!stopping && !opt.every_us) request(c, (uint32_t)(slot - c->slots), now);
 }
 
 static void handle_envelope(Client *c, const char *json, size_t len, uint32_t id, uint64_t now) {
@@ -388,9 +472,9 @@ static void handle_envelope(Client *c, const char *json, size_t len, uint32_t id
     else if (memcmp(type, "command_p", 9) == 0) return;
     else if (memcmp(type, "error", 5) == 0) fail("an error answer: %.*s", (int)(len < 300 ? len : 300), json);
     else {
-        if (!id) id = envelope_id(json, len);
+        if (!id && !opt.http) id = envelope_id(json, len);
         /* A status without an id is a broadcast of a service that changed its state. */
-        if (id || memcmp(type, "stat", 4) != 0) handle_answer(c, id, now);
+        if (id || memcmp(type, "stat", 4) != 0) handle_answer(c, id, json, len, now);
     }
 }
 
@@ -401,6 +485,27 @@ static void handle_packet(Client *c, const char *text, size_t len, uint64_t now)
     if (!json || (memcmp(text, "42", 2) != 0 && memcmp(text, "43", 2) != 0))
         fail("an unexpected packet: %.*s", (int)(len < 300 ? len : 300), text);
     handle_envelope(c, json, len - (size_t)(json - text), text[1] == '3' ? number_at(comma + 1, json) : 0, now);
+}
+
+static size_t content_length(const char *head, const char *end) {
+    static const char NAME[] = "content-length:";
+    for (const char *line = head; line < end; line++) {
+        if (strncasecmp(line, NAME, sizeof NAME - 1) == 0) return strtoul(line + sizeof NAME - 1, NULL, 10);
+        if (!(line = memchr(line, '\n', (size_t)(end - line)))) break;
+    }
+    fail("an answer without Content-Length: %.*s", (int)(end - head), head);
+    return 0;
+}
+
+/* Takes one HTTP answer off `bytes`; returns its whole length, or 0 if it is not all there. */
+static size_t take_http(Client *c, const char *bytes, size_t have, uint64_t now) {
+    const char *end = memmem(bytes, have, "\r\n\r\n", 4);
+    if (!end) return 0;
+    if (memcmp(bytes, "HTTP/1.1 200", 12) != 0) fail("an error answer: %.*s", (int)(have < 300 ? have : 300), bytes);
+    size_t head = (size_t)(end + 4 - bytes), len = content_length(bytes, end);
+    if (have < head + len) return 0;
+    handle_envelope(c, bytes + head, len, 0, now);
+    return head + len;
 }
 
 /* ---- opening and closing ---------------------------------------------------------------------- */
@@ -428,10 +533,6 @@ static void start_connect(Client *c) {
 
 static void send_upgrade(Client *c) {
     char head[512];
-    int error = 0;
-    socklen_t size = sizeof error;
-    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
-    if (error) fail("connect: %s", strerror(error));
     int n = snprintf(head, sizeof head,
                      "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                      "Sec-WebSocket-Key: %s\r\nSec-WebSocket-Version: 13\r\n\r\n",
@@ -446,7 +547,18 @@ static void become_open(Client *c) {
     c->state = OPEN;
     opened++;
     record(&open_time, now_ns() - c->since_ns);
-    if (started < client_count) start_connect(&clients[started]);
+    if (opt.sessions) request(c, 0, c->since_ns);
+    else if (started < client_count) start_connect(&clients[started]);
+}
+
+static void handle_connected(Client *c) {
+    int error = 0;
+    socklen_t size = sizeof error;
+    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    if (error) fail("connect: %s", strerror(error));
+    if (!opt.http) { send_upgrade(c); return; }
+    watch(c, EPOLLIN);
+    become_open(c);
 }
 
 /* Returns how many bytes of the answer's head were taken. */
@@ -477,6 +589,21 @@ static void drop(Client *c) {
     gone++;
 }
 
+static void say_goodbye(Client *c) {
+    c->closing = true;
+    append_frame(&c->out, CLOSE, true, "\x03\xe8", 2);
+}
+
+/* The server has ended the connection: one session is over, the next begins. */
+static void end_session(Client *c) {
+    if (!c->said_goodbye) fail("the server closed a connection without a close frame");
+    drop(c);
+    count.sessions++;
+    c->closing = c->said_goodbye = false;
+    c->in.len = c->out.len = 0;
+    if (!stopping) start_connect(c);
+}
+
 /* ---- event loop ------------------------------------------------------------------------------- */
 
 static uint8_t *scratch;
@@ -486,7 +613,7 @@ static bool stdin_ended;
 
 static void handle_frame(Client *c, int opcode, const char *payload, size_t len, uint64_t now) {
     if (opcode == PING) append_frame(&c->out, PONG, true, payload, len);
-    else if (c->closing) return;
+    else if (c->closing) c->said_goodbye |= opcode == CLOSE;
     else if (opcode == CLOSE)
         fail("the server closed a connection: %d %.*s",
              len >= 2 ? (uint8_t)payload[0] << 8 | (uint8_t)payload[1] : 0, len > 2 ? (int)len - 2 : 0, payload + 2);
@@ -501,7 +628,8 @@ static void handle_bytes(Client *c, const uint8_t *bytes, size_t have, uint64_t 
     int opcode;
     const char *payload;
     if (c->state == UPGRADING) at = handle_upgrade(c, (const char *)bytes, have);
-    while (c->state != UPGRADING && taken) {
+    while (opt.http && taken) at += taken = take_http(c, (const char *)bytes + at, have - at, now);
+    while (!opt.http && c->state != UPGRADING && taken) {
         taken = take_frame(bytes + at, have - at, &opcode, &payload, &len);
         if (taken) handle_frame(c, opcode, payload, len, now);
         at += taken;
@@ -517,7 +645,8 @@ static void handle_readable(Client *c) {
     if (got < 0 && errno == EAGAIN) return;
     if (got <= 0) {
         if (!c->closing) fail("the server dropped a connection: %s", got ? strerror(errno) : "end of stream");
-        drop(c);
+        if (opt.sessions) end_session(c);
+        else drop(c);
         return;
     }
     count.bytes_in += (uint64_t)got;
@@ -556,7 +685,7 @@ static void run_once(int timeout_ms) {
         else if ((void *)c == &publish_timer) handle_publish_timer();
         else if ((void *)c == &stdin_ended) { char byte; stdin_ended = read(0, &byte, 1) <= 0; }
         else if (c->state == GONE) continue;
-        else if (c->state == CONNECTING) send_upgrade(c);
+        else if (c->state == CONNECTING) handle_connected(c);
         else {
             if (events[i].events & EPOLLOUT) flush(c);
             if (events[i].events & ~(uint32_t)EPOLLOUT) handle_readable(c);
@@ -597,8 +726,8 @@ static void open_all(int at_once) {
 static void close_all(void) {
     uint64_t deadline = now_ns() + 1000000000u;
     for (int i = 0; i < client_count; i++) {
-        clients[i].closing = true;
-        append_frame(&clients[i].out, CLOSE, true, "\x03\xe8", 2);
+        if (opt.http) { drop(&clients[i]); continue; }
+        say_goodbye(&clients[i]);
         flush(&clients[i]);
     }
     while (gone < client_count && now_ns() < deadline) run_once(10);
@@ -630,6 +759,7 @@ static void print_window(void) {
     double server = (double)(server_cpu_ns() - start.server_cpu) / 1e9;
     printf("{\"seconds\": %.3f, \"clients\": %d, \"requests\": %llu, \"requests_per_s\": %.1f", wall, client_count,
            (unsigned long long)count.requests, (double)count.requests / wall);
+    printf(", \"sessions\": %llu, \"sessions_per_s\": %.1f", (unsigned long long)count.sessions, (double)count.sessions / wall);
     printf(", \"broadcasts\": %llu, \"deliveries\": %llu, \"deliveries_per_s\": %.1f", (unsigned long long)count.broadcasts,
            (unsigned long long)count.deliveries, (double)count.deliveries / wall);
     printf(", \"bytes_in_per_s\": %.0f, \"late\": %llu", (double)count.bytes_in / wall, (unsigned long long)count.late);
@@ -666,9 +796,8 @@ static void make_clients(void) {
 }
 
 static void start_work(void) {
-    Template slow = make_template("countdown 600", 0, 1);
-    request_template = make_template(opt.status ? NULL : "echo hello", opt.size, opt.fragments);
-    publish_template = make_template("notify tick-10000000", 0, 1);
+    Template slow = make_frames("countdown 600", 1);
+    publish_template = make_frames("notify tick-10000000", 1);
     for (Client *c = clients; c < clients + client_count; c++) {
         if (c->role == SLOW) append_request(&c->out, &slow, FIRST_ID);
         for (long k = 0; c->role == REQUESTS && !opt.every_us && k < opt.inflight; k++) request(c, (uint32_t)k, now_ns());
@@ -693,6 +822,19 @@ static void measure_work(void) {
     if (outstanding) fail("%ld requests were never answered", outstanding);
     if (ticks_done != ticks_sent) fail("%u broadcasts did not reach every client", ticks_sent - ticks_done);
     close_all();
+}
+
+static void measure_sessions(void) {
+    for (int i = 0; i < client_count; i++) start_connect(&clients[i]);
+    run_until(now_ns() + (uint64_t)opt.warmup_ms * 1000000);
+    start_window();
+    run_until(start.wall + (uint64_t)opt.milliseconds * 1000000);
+    print_window();
+    stopping = true;
+    gone = 0;
+    uint64_t deadline = now_ns() + 10000000000u;
+    while (gone < client_count && now_ns() < deadline) run_once(100);
+    if (gone < client_count) fail("%d connections were never closed", client_count - gone);
 }
 
 /* Opens all, closes all, again and again; only the opening is timed. */
@@ -732,10 +874,12 @@ static void hold(void) {
 int main(int argc, char **argv) {
     parse_options(argc, argv);
     make_clients();
+    make_request();
     scratch = malloc(SCRATCH);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (opt.hold) hold();
     else if (opt.handshakes) measure_handshakes();
+    else if (opt.sessions) measure_sessions();
     else measure_work();
     return 0;
 }

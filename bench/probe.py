@@ -5,16 +5,23 @@ Standard library only, and frames of up to 64 KiB; the load itself is load.c.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+from http.client import HTTPConnection
 from typing import Any, Literal, Self
 
-Door = Literal["raw", "socket.io"]
+Door = Literal["raw", "socket.io", "http"]
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-PATHS: dict[Door, str] = {"raw": "/ws", "socket.io": "/socket.io/?EIO=4&transport=websocket"}
-ECHO = {"method": "execute_command", "params": {"command": "echo hello"}, "id": 10000000}
+PATHS: dict[Door, str] = {
+    "raw": "/ws",
+    "socket.io": "/socket.io/?EIO=4&transport=websocket",
+    "http": "/api/execute_command",
+}
+HELLO = {"command": "echo hello"}
+ECHO = {"method": "execute_command", "params": HELLO, "id": 10000000}
 STATUS = {"method": "get_status", "id": 10000001}
 
 
@@ -23,7 +30,7 @@ class WrongAnswer(Exception):
 
 
 class Probe:
-    """One client of either door. Raises OSError when the server is not there or goes away."""
+    """One client of a WebSocket door. Raises OSError when the server is not there or goes away."""
 
     def __init__(self, port: int, door: Door = "raw", timeout_s: float = 10.0) -> None:
         self.door = door
@@ -119,9 +126,23 @@ class Probe:
 
 def check_answers(port: int, door: Door) -> None:
     """Raise WrongAnswer unless `echo hello` and `get_status` are answered as they should be."""
+    if door == "http":
+        return check_echo(post(port, HELLO))
     with Probe(port, door) as probe:
         echo, status = probe.ask(ECHO), probe.ask(STATUS)
-    if echo["type"] != "command_response" or echo["data"].get("result") != "hello":
-        raise WrongAnswer(f"echo hello: {echo}")
+    check_echo(echo)
     if status["type"] != "status_update" or "vision" not in status["data"]:
         raise WrongAnswer(f"get_status: {status}")
+
+
+def check_echo(envelope: dict[str, Any]) -> None:
+    if envelope["type"] != "command_response" or envelope["data"].get("result") != "hello":
+        raise WrongAnswer(f"echo hello: {envelope}")
+
+
+def post(port: int, body: dict[str, Any]) -> Any:
+    """One command by POST."""
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", PATHS["http"], json.dumps(body), headers)
+        return json.loads(connection.getresponse().read())

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from works import GOALS, WORKS, Goal
 
 Result = dict[str, Any]
+Sample = dict[str, Any]
 PACKAGES = (
     "websockets",
     "orjson",
@@ -82,13 +83,51 @@ def spread(summary: dict[str, float]) -> str:
     return f"{number(summary['median'])} ({number(summary['low'])} to {number(summary['high'])})"
 
 
+def median_of(work: str, server: str, result: Result) -> float | None:
+    summary = result["summaries"].get(work, {}).get(server)
+    return float(summary["median"]) if summary else None
+
+
 def goal_value(goal: Goal, server: str, result: Result) -> float | None:
-    """Karna's median, or its ratio to the peer's; None when one of them was not measured."""
-    summaries = result["summaries"].get(goal.work, {})
-    if server not in summaries or (goal.peer and goal.peer not in summaries):
-        return None
-    value: float = summaries[server]["median"]
-    return value / summaries[goal.peer]["median"] if goal.peer else value
+    """Karna's median, or its ratio to another one; None when one of them was not measured."""
+    value = median_of(goal.work, server, result)
+    if value is None or not (goal.peer or goal.base):
+        return value
+    other = median_of(goal.base or goal.work, goal.peer or server, result)
+    return value / other if other else None
+
+
+def paired_ratio(
+    samples: list[Sample], others: list[Sample], figure: Callable[[Sample], float]
+) -> str:
+    """The median ratio of what was measured in the same round, with the lowest and the highest.
+
+    A busy moment of the machine falls on both sides of a pair: this is steadier than medians are.
+    """
+    values = {other["round"]: figure(other) for other in others}
+    ratios = [figure(each) / values[each["round"]] for each in samples if values.get(each["round"])]
+    if not ratios:
+        return ""
+    text = f"{median(ratios):.2f}"
+    return text if len(ratios) == 1 else f"{text} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def value_of(sample: Sample) -> float:
+    return float(sample["value"])
+
+
+def cost_of(sample: Sample) -> float:
+    """Microseconds of the server's processor for one unit; 0 where this is not measured."""
+    return float(sample.get("server_cpu", 0.0) * 1e6 / max(sample["value"], 1))
+
+
+def cost_ratio(goal: Goal, server: str, result: Result) -> float | None:
+    """The ratio of a goal by processor time: as if each server had its core for itself."""
+    samples = result["samples"]
+    own = samples.get(goal.work, {}).get(server, [])
+    other = samples.get(goal.base or goal.work, {}).get(goal.peer or server, [])
+    costs = [median(map(cost_of, each)) for each in (own, other) if each]
+    return costs[1] / costs[0] if len(costs) == 2 and all(costs) else None
 
 
 def is_reached(goal: Goal, value: float) -> bool:
@@ -112,14 +151,28 @@ def work_rows(work: str, result: Result) -> list[list[str]]:
     if about.better == "more":
         names.reverse()
     columns = ["p50 us", "p99 us", "server us each", "server cpu", "load cpu"]
-    rows = [["server", about.unit, "x karna", *columns]]
-    karna = summaries.get("karna", {}).get("median")
+    samples = result["samples"][work]
+    own = list(dict.fromkeys(key for name in names for key in samples[name][0].get("columns", ())))
+    rows = [["server", about.unit, "x karna", "x before", "us each x before", *columns, *own]]
+    karna = median_of(work, "karna", result)
     for name in names:
         ratio = f"{summaries[name]['median'] / karna:.2f}" if karna else ""
-        details = sample_cells(result["samples"][work][name])
-        rows.append([name, spread(summaries[name]), ratio, *details])
+        others = [] if name == before_of(name) else samples.get(before_of(name), [])
+        before = [paired_ratio(samples[name], others, each) for each in (value_of, cost_of)]
+        details = sample_cells(samples[name]) + own_cells(samples[name], own)
+        rows.append([name, spread(summaries[name]), ratio, *before, *details])
     used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     return [[row[i] for i in used] for row in rows]
+
+
+def before_of(server: str) -> str:
+    """The copy to compare with: the one on the same event loop."""
+    return "before-uvloop" if server.endswith("-uvloop") else "before"
+
+
+def own_cells(samples: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Medians of the figures that only this work has."""
+    return [number(median(each["columns"][name] for each in samples)) for name in names]
 
 
 def sample_cells(samples: list[dict[str, Any]]) -> list[str]:
@@ -132,7 +185,7 @@ def sample_cells(samples: list[dict[str, Any]]) -> list[str]:
         return [""] * 5
     latency = [each.get("latency_us") or each.get("flush_us") or {} for each in samples]
     p50, p99 = (median(each.get(key, 0.0) for each in latency) for key in ("p50", "p99"))
-    each = median(sample["server_cpu"] * 1e6 / max(sample["value"], 1) for sample in samples)
+    each = median(map(cost_of, samples))
     cpus = (median(sample[key] for sample in samples) for key in ("server_cpu", "load_cpu"))
     return [number(p50), number(p99), number(each), *(f"{cpu:.0%}" for cpu in cpus)]
 
@@ -148,20 +201,24 @@ def aligned(rows: list[list[str]]) -> str:
 
 def goals_rows(result: Result) -> list[list[str]]:
     known = ("karna", "karna-uvloop", "karna-module")
-    servers = [name for name in known if name not in result["skipped"]]
-    rows = [["work", "wanted", *servers]]
+    measured = {name for summaries in result["summaries"].values() for name in summaries}
+    servers = [name for name in known if name in measured]
+    rows = [["work", "wanted", *servers, "karna, by cpu"]]
     for goal in GOALS:
         values = [goal_value(goal, server, result) for server in servers]
+        by_cpu = cost_ratio(goal, "karna", result) if goal.peer or goal.base else None
         if all(value is None for value in values):
             continue
         work = next(each for each in WORKS if each.name == goal.work)
         sign = "at least" if work.better == "more" else "at most"
-        unit = f"x {goal.peer}" if goal.peer else work.unit
+        other = goal.peer or goal.base
+        unit = f"x {other}" if other else work.unit
         cells = [
             "" if v is None else number(v) + ("" if is_reached(goal, v) else " (no)")
             for v in values
         ]
-        rows.append([goal.work, f"{sign} {goal.bound:g} {unit}", *cells])
+        last = "" if by_cpu is None else number(by_cpu)
+        rows.append([goal.work, f"{sign} {goal.bound:g} {unit}", *cells, last])
     return rows
 
 
@@ -177,6 +234,10 @@ def growth_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
         rows.append([line["title"], line["unit"], steps, growth])
     return rows
 
+
+GOALS_NOTE = (
+    "Command lines all differ, but in same1 and same16, which ask one line again and again."
+)
 
 # ---- Markdown ------------------------------------------------------------------------------------
 
@@ -198,11 +259,12 @@ def markdown(result: Result) -> str:
         f"`{result['command']}`, {result['date']}: {run}",
         f"{where}. {what}. {pinning(result)}",
     ]
-    for work in (work for work in WORKS if work.name in result["summaries"]):
-        parts += [f"## {work.title}", markdown_table(work_rows(work.name, result))]
     rows = goals_rows(result)
     if len(rows) > 1:
-        parts += ["## Goals", markdown_table(rows)]
+        parts += ["## Goals", GOALS_NOTE, markdown_table(rows)]
+    for work in (work for work in WORKS if work.name in result["summaries"]):
+        title = f"## {work.name}: {work.title}"
+        parts += [title, markdown_table(work_rows(work.name, result))]
     for name, lines in result["growth"].items():
         parts += [
             f"## How cost grows: {name}",

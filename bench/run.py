@@ -30,7 +30,7 @@ from report import (
     markdown,
     work_table,
 )
-from servers import BENCH, Server, Skipped, all_servers
+from servers import BENCH, Server, Skipped, all_servers, servers_before
 from works import (
     QUICK_SERVERS,
     QUICK_WORKS,
@@ -48,7 +48,10 @@ Named = TypeVar("Named", Server, Work)
 
 def main() -> int:
     options = parse_options()
-    servers = chosen(options.only, all_servers(options.karna))
+    known = all_servers(options.karna)
+    if options.vs:
+        known[2:2] = servers_before(options.vs)
+    servers = chosen(options.only, known)
     works = chosen(options.work, WORKS)
     try:
         bench = Bench(options.seconds, options.warmup)
@@ -75,6 +78,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, help="how cost grows")
     parser.add_argument("--curves", action=argparse.BooleanOptionalAction, help="the plots")
     parser.add_argument("--karna", type=Path, default=BENCH.parent / "karna_ws.py")
+    parser.add_argument("--vs", type=Path, help="a copy of karna_ws.py to compare with: `before`")
     parser.add_argument("--out", type=Path, default=BENCH / "results", help="where results go")
     options = parser.parse_args()
     quick, all_of_it = options.quick, not (options.quick or options.work)
@@ -82,7 +86,8 @@ def parse_options() -> argparse.Namespace:
     options.seconds = options.seconds or (0.3 if quick else 1.0)
     options.warmup = 0.15 if quick else 0.3
     options.work = options.work or (QUICK_WORKS if quick else None)
-    options.only = options.only or (QUICK_SERVERS if quick else None)
+    pair = "karna,before" if options.vs else None
+    options.only = options.only or pair or (QUICK_SERVERS if quick else None)
     options.growth = all_of_it if options.growth is None else options.growth
     options.curves = all_of_it if options.curves is None else options.curves
     return options
@@ -134,8 +139,9 @@ def measure(
 
 
 def can_do(server: Server, work: Work) -> bool:
-    is_meant = server.name.startswith(work.only) and work.name in (server.works or [work.name])
-    return work.door in server.doors and is_meant
+    if (work.karna_only and not server.is_karna) or (work.needs_program and not server.program):
+        return False
+    return work.door in server.doors and work.name in (server.works or [work.name])
 
 
 def measure_works(bench: Bench, servers: list[Server], works: list[Work], result: Result) -> None:
@@ -146,7 +152,8 @@ def measure_works(bench: Bench, servers: list[Server], works: list[Work], result
             # There and back: a drift of the machine's speed then falls on all alike.
             for server in able if round_number % 2 == 0 else reversed(able):
                 try:
-                    samples[server.name].append(work.measure(bench, server))
+                    sample = work.measure(bench, server)
+                    samples[server.name].append({"round": round_number, **sample})
                 except (LoadFailed, Skipped) as reason:
                     result["failures"].append([work.name, server.name, str(reason)])
                     print(f"failed {work.name} {server.name}: {reason}", flush=True)

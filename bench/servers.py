@@ -44,6 +44,9 @@ class Server:
     command: Callable[[int], list[str]]
     works: tuple[str, ...] = ()  # the only ones to measure; empty for all of its doors
     folder: Path | None = None  # where it is started
+    python_path: Path | None = None  # where it imports from
+    is_karna: bool = False
+    program: Server | None = None  # the same with the commands of commands.py
 
 
 def python_peer(name: str) -> Callable[[int], list[str]]:
@@ -58,12 +61,12 @@ def c_peer(port: int) -> list[str]:
     return [str(compiled(PEERS / "c_epoll.c")), str(port)]
 
 
-def karna(loop: str, karna_ws: Path) -> Callable[[int], list[str]]:
+def karna(loop: str, karna_ws: Path, *more: str) -> Callable[[int], list[str]]:
     def command(port: int) -> list[str]:
         if not karna_ws.exists():
             raise Skipped(f"{karna_ws} does not exist")
         options = ["--port", str(port), "--max-clients", str(MAX_CLIENTS), "--loop", loop]
-        return [sys.executable, str(karna_ws), *options]
+        return [sys.executable, str(karna_ws), *options, *more]
 
     return command
 
@@ -73,12 +76,38 @@ def karna_module(port: int) -> list[str]:
     return [sys.executable, "-m", "karna_ws", "--port", str(port), "--loop", "asyncio"]
 
 
+def karna_program(loop: str) -> Callable[[int], list[str]]:
+    script = str(BENCH / "commands.py")
+    return lambda port: [sys.executable, script, "--port", str(port), "--loop", loop]
+
+
+def karna_server(name: str, loop: str, karna_ws: Path) -> Server:
+    """One copy of Karna on one event loop: alone, and with the commands of a program."""
+    doors: tuple[Door, ...] = ("raw", "socket.io", "http")
+    program = Server(
+        f"{name}+commands",
+        f"Karna WS, {loop}, bench/commands.py",
+        doors,
+        karna_program(loop),
+        python_path=karna_ws.parent,
+    )
+    title, command = f"Karna WS, {loop}", karna(loop, karna_ws)
+    return Server(name, title, doors, command, is_karna=True, program=program)
+
+
+def servers_before(karna_ws: Path) -> list[Server]:
+    """Another copy of Karna, to be compared with."""
+    return [
+        karna_server("before", "asyncio", karna_ws),
+        karna_server("before-uvloop", "uvloop", karna_ws),
+    ]
+
+
 def all_servers(karna_ws: Path) -> list[Server]:
     raw: tuple[Door, ...] = ("raw",)
-    both: tuple[Door, ...] = ("raw", "socket.io")
     return [
-        Server("karna", "Karna WS, asyncio", both, karna("asyncio", karna_ws)),
-        Server("karna-uvloop", "Karna WS, uvloop", both, karna("uvloop", karna_ws)),
+        karna_server("karna", "asyncio", karna_ws),
+        karna_server("karna-uvloop", "uvloop", karna_ws),
         Server(
             "karna-module",
             "Karna WS, python -m karna_ws",
@@ -86,10 +115,11 @@ def all_servers(karna_ws: Path) -> list[Server]:
             karna_module,
             works=("start", "resident"),
             folder=karna_ws.parent,
+            is_karna=True,
         ),
-        Server("fastapi", "FastAPI, uvicorn[standard]", raw, python_peer("fastapi")),
+        Server("fastapi", "FastAPI, uvicorn[standard]", ("raw", "http"), python_peer("fastapi")),
         Server("websockets", "websockets, as documented", raw, python_peer("websockets")),
-        Server("aiohttp", "aiohttp", raw, python_peer("aiohttp")),
+        Server("aiohttp", "aiohttp", ("raw", "http"), python_peer("aiohttp")),
         Server("picows", "picows (Cython), uvloop", raw, python_peer("picows")),
         Server("socketify", "socketify (C++ core)", raw, python_peer("socketify")),
         Server("node-ws", "Node, ws", raw, node_peer("node_ws")),
@@ -204,6 +234,8 @@ class Process:
         command = server.command(self.port)
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(CACHE / "pycache")}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        if server.python_path is not None:
+            environment["PYTHONPATH"] = str(server.python_path)
         began = time.perf_counter()
         with pinned(core):
             self.process = subprocess.Popen(
@@ -252,12 +284,12 @@ class Process:
             if self.cpu_s() - before <= 0.01:
                 return
 
-    def stop(self) -> int:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Ask it to end, insist after a while; returns its exit code."""
         if self.is_running():
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(STOP_TIMEOUT_S)
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()

@@ -5,7 +5,10 @@ for each thing that is wrong: a request answered twice, wrongly or never, an une
 a restart that was not clean, memory that grows, or a client, command, task, thread or descriptor
 that is left over when all clients are gone. The same --seed makes the same choices.
 
-Sections: ledger, clients, behaviours, server, checks, main.
+With --floods other clients flood all doors meanwhile (floods.py), through the restart, too, and
+witnesses measure how long an answer takes.
+
+Sections: ledger, clients, behaviours, floods, server, checks, main.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
+from fairness import flooded, watch
+from floods import FLOODS
 from probe import PATHS, Door
 from servers import BENCH, Process, Server, Skipped, karna, pick_cores
 
@@ -35,6 +40,7 @@ Envelope = dict[str, Any]
 ANSWER_TIMEOUT_S = 30.0
 SETTLE_TIMEOUT_S = 15.0
 STOP_LIMIT_S = 10.0
+FLOODED_STOP_LIMIT_S = 20.0  # commands have 5 s to end, then clients that do not read 10 s to close
 DOORS: tuple[Door, ...] = ("raw", "socket.io")
 # 1000: we closed. 1012: the restart. 1013: we read too slowly. 1006: cut, by us or in the restart.
 EXPECTED_CLOSES = {1000, 1005, 1006, 1012, 1013}
@@ -283,6 +289,43 @@ async def live(port: int, ledger: Ledger, chance: random.Random, over: asyncio.E
         await asyncio.sleep(chance.uniform(0.0, 0.2))
 
 
+# ---- floods --------------------------------------------------------------------------------------
+
+# Hundreds of our clients would hear every `notify`, and no Python can read so much.
+SOAK_FLOODS = [name for name in FLOODS if name != "notify"]
+
+
+@contextlib.asynccontextmanager
+async def floods_beside(options: argparse.Namespace, port: int) -> AsyncIterator[None]:
+    """Floods for the time of the block, if they are wanted; the restart does not end them."""
+    if not options.floods:
+        yield
+        return
+    _, core = pick_cores()
+    with contextlib.ExitStack() as stack:
+        names, sockets = options.floods.split(","), options.flood_sockets
+        taken = stack.enter_context(flooded(port, names, sockets, core))
+        yield
+        await asyncio.to_thread(stack.close)
+    print("floods: " + ", ".join(f"{count:,} {name}" for name, count in taken.items()), flush=True)
+
+
+async def live_on(options: argparse.Namespace, port: int, ledger: Ledger) -> None:
+    """Let half of the time go by; with floods, witnesses measure meanwhile."""
+    if not options.floods:
+        return await asyncio.sleep(options.seconds / 2)
+    _, core = pick_cores()
+    try:
+        figures = await asyncio.to_thread(watch, port, options.seconds / 2, core)
+    except Skipped as reason:
+        return ledger.problem(f"the witnesses failed: {reason}")
+    for name, each in figures.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in each.items()))
+        if each["failed"]:
+            ledger.problem(f"{each['failed']} of {each['asked']} had no answer in time: {name}")
+    return None
+
+
 # ---- server --------------------------------------------------------------------------------------
 
 
@@ -328,14 +371,16 @@ def sum_of(metric: str, text: str) -> float:
     return sum(float(value) for value in lines)
 
 
-async def restart(old: Process, start: Callable[[], Process], ledger: Ledger) -> Process:
+async def restart(
+    old: Process, start: Callable[[], Process], ledger: Ledger, limit_s: float
+) -> Process:
     """Stop and start again on the same port, with all clients there."""
     began, ledger.stopping = time.monotonic(), True
-    code = await asyncio.to_thread(old.stop)
+    code = await asyncio.to_thread(old.stop, 2 * limit_s)
     took = time.monotonic() - began
     if code != 0:
         ledger.problem(f"the server ended with {code} on SIGTERM")
-    if took > STOP_LIMIT_S:
+    if took > limit_s:
         ledger.problem(f"the server took {took:.1f} s to stop")
     process = await asyncio.to_thread(start)
     ledger.stopping = False
@@ -385,18 +430,21 @@ async def watch_memory(process: Process, samples: list[float]) -> None:
 async def soak(options: argparse.Namespace) -> list[str]:
     """Run it all and return the problems."""
     core, _ = pick_cores()
-    server = Server("karna", "Karna WS", DOORS, karna(options.loop, options.karna))
+    more = ("--allow-program", "yes") if options.floods else ()
+    server = Server("karna", "Karna WS", DOORS, karna(options.loop, options.karna, *more))
     ledger, samples, over = Ledger(), list[float](), asyncio.Event()
     process = Process(server, core)
     port = process.port
     try:
         dice = [random.Random(f"{options.seed}.{i}") for i in range(options.clients)]
         crowd = [asyncio.create_task(live(port, ledger, each, over)) for each in dice]
-        await asyncio.sleep(options.seconds / 2)
-        print(f"restart: {summary(ledger)}", flush=True)
-        process = await restart(process, lambda: Process(server, core, port), ledger)
-        watcher = asyncio.create_task(watch_memory(process, samples))
-        await asyncio.sleep(options.seconds / 2)
+        async with floods_beside(options, port):
+            await live_on(options, port, ledger)
+            print(f"restart: {summary(ledger)}", flush=True)
+            limit_s = FLOODED_STOP_LIMIT_S if options.floods else STOP_LIMIT_S
+            process = await restart(process, lambda: Process(server, core, port), ledger, limit_s)
+            watcher = asyncio.create_task(watch_memory(process, samples))
+            await live_on(options, port, ledger)
         over.set()
         watcher.cancel()
         await finish(crowd, ledger, 3 * ANSWER_TIMEOUT_S)
@@ -446,6 +494,15 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--loop", default="auto", choices=("auto", "asyncio", "uvloop"))
+    parser.add_argument(
+        "--floods",
+        nargs="?",
+        default="",
+        const=",".join(SOAK_FLOODS),
+        metavar="NAMES",
+        help="other clients flood all doors (floods.py)",
+    )
+    parser.add_argument("--flood-sockets", type=int, default=1, help="connections of each flood")
     parser.add_argument("--max-growth-mib", type=float, default=16.0)
     parser.add_argument("--karna", type=Path, default=BENCH.parent / "karna_ws.py")
     try:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import shlex
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,12 +62,28 @@ class Bench:
 
     def load(self, process: Process, door: Door, *options: str) -> Sample:
         """Run the load against a server and return its report. Raises LoadFailed."""
+        report = self._run(process, door, *options)
+        process.wait_until_idle()
+        return report
+
+    def load_all(
+        self, process: Process, parts: Mapping[str, tuple[Door, str]]
+    ) -> dict[str, Sample]:
+        """Run several loads at once; their reports by name. Raises LoadFailed."""
+        with ThreadPoolExecutor(len(parts)) as pool:
+            runs = {
+                name: pool.submit(self._run, process, door, *options.split())
+                for name, (door, options) in parts.items()
+            }
+        process.wait_until_idle()
+        return {name: run.result() for name, run in runs.items()}
+
+    def _run(self, process: Process, door: Door, *options: str) -> Sample:
         with pinned(self.load_core):
             result = subprocess.run(
                 self._load_command(process, door, *options),
                 capture_output=True, text=True, timeout=LOAD_TIMEOUT_S, check=False,
             )  # fmt: skip
-        process.wait_until_idle()
         if result.returncode:
             raise LoadFailed(last_line(result.stderr))
         report: Sample = json.loads(result.stdout)
@@ -99,6 +117,7 @@ class Bench:
             "--port": process.port,
             "--pid": process.pid,
             "--socketio": int(door == "socket.io"),
+            "--http": int(door == "http"),
             "--milliseconds": int(self.seconds * 1000),
             "--warmup-ms": int(self.warmup_s * 1000),
         }
@@ -123,23 +142,67 @@ class Work:
     better: Literal["more", "less"]
     measure: Callable[[Bench, Server], Sample]
     rounds: int = 99  # at most; the slow ones need fewer
-    only: str = ""  # a prefix of the names of servers that can do it
+    karna_only: bool = False
+    needs_program: bool = False  # the commands of commands.py
+
+
+def measure_load(bench: Bench, server: Server, door: Door, unit: str, options: str) -> Sample:
+    """One run of the load; the value is the figure of its report that `unit` names."""
+    report = bench.load(bench.process(server), door, *shlex.split(options))
+    return {"value": report[unit.replace("/", "_per_")], **report}
 
 
 def load_work(name: str, title: str, door: Door, unit: str, options: str) -> Work:
-    """One run of the load; the value is the figure of its report that `unit` names."""
-    figure = unit.replace("/", "_per_")
-
     def measure(bench: Bench, server: Server) -> Sample:
-        report = bench.load(bench.process(server), door, *options.split())
-        return {"value": report[figure], **report}
+        return measure_load(bench, server, door, unit, options)
 
     return Work(name, title, unit, door, "more", measure)
 
 
-def rpc_work(name: str, title: str, door: Door, inflight: int) -> Work:
+def rpc_work(name: str, title: str, door: Door, inflight: int, line: str = "") -> Work:
+    """Requests that all differ, or the same line again and again."""
     title = f"{title}, 64 clients, {inflight} in flight"
-    return load_work(name, title, door, "requests/s", f"--clients 64 --inflight {inflight}")
+    options = f"--clients 64 --inflight {inflight}"
+    return load_work(
+        name, title, door, "requests/s", f"{options} --line '{line}'" if line else options
+    )
+
+
+def command_work(name: str, title: str, command: str, inflight: int) -> Work:
+    """Commands of commands.py: two numbers that differ each time, and their sum."""
+    options = f"--clients 64 --inflight {inflight} --answer '\"result\":20000000}}'"
+    options += f" --line '{command} 10000000 10000000'"
+
+    def measure(bench: Bench, server: Server) -> Sample:
+        assert server.program
+        return measure_load(bench, server.program, "raw", "requests/s", options)
+
+    title = f"{title}, 64 clients, {inflight} in flight"
+    return Work(
+        name, title, "requests/s", "raw", "more", measure, karna_only=True, needs_program=True
+    )
+
+
+# Each part is a load of its own.
+MIX: dict[str, tuple[Door, str]] = {
+    "raw": ("raw", "--clients 32 --inflight 4"),
+    "socket.io": ("socket.io", "--clients 32 --inflight 4"),
+    "post": ("http", "--clients 16"),
+    "broadcast": ("raw", "--listeners 200 --publish-every-us 20000"),
+}
+
+
+def measure_mix(bench: Bench, server: Server) -> Sample:
+    """All doors at once: the value is the sum of their requests, with the p99 of each."""
+    reports = bench.load_all(bench.process(server), MIX)
+    latency = {
+        name: report.get("latency_us") or report["flush_us"] for name, report in reports.items()
+    }
+    return {
+        "value": sum(report["requests_per_s"] for report in reports.values()),
+        "columns": {f"{name} p99 us": each["p99"] for name, each in latency.items()},
+        **reports,
+    }
 
 
 def broadcast_work(name: str, title: str, door: Door, inflight: int) -> Work:
@@ -202,29 +265,41 @@ def measure_calm(bench: Bench, server: Server) -> Sample:
     }
 
 
-def calm_work(name: str, title: str) -> Work:
-    """Peers have no slow commands."""
-    return Work(name, title, "x", "raw", "less", measure_calm, only="karna")
-
-
 WORKS = [
+    # Lines that all differ.
     rpc_work("rpc1", "raw RPC", "raw", 1),
     rpc_work("rpc16", "raw RPC", "raw", 16),
     rpc_work("sio1", "Socket.IO rpc with ack", "socket.io", 1),
     rpc_work("sio16", "Socket.IO rpc with ack", "socket.io", 16),
+    rpc_work("post1", "POST, kept alive", "http", 1),
+    rpc_work("post16", "POST, kept alive and pipelined", "http", 16),
+    # The same line again and again.
+    rpc_work("same1", "raw RPC, one line", "raw", 1, "echo hello"),
+    rpc_work("same16", "raw RPC, one line", "raw", 16, "echo hello"),
+    # One's own commands.
+    command_work("typed1", "two integers, inline", "add", 1),
+    command_work("typed16", "two integers, inline", "add", 16),
+    command_work("async0", "two integers, a coroutine that never waits", "add0", 16),
+    command_work("async1", "two integers, a coroutine that waits once", "add1", 16),
+    command_work("thread", "two integers, in a thread", "add_in_thread", 16),
+    Work("mix", "all doors at once, 50 broadcasts a second", "requests/s", "raw", "more",
+         measure_mix, karna_only=True),
     broadcast_work("cast1", "broadcast to 1,000 raw clients", "raw", 1),
     broadcast_work("cast8", "broadcast to 1,000 raw clients", "raw", 8),
     broadcast_work("siocast1", "broadcast to 1,000 Socket.IO clients", "socket.io", 1),
     broadcast_work("siocast8", "broadcast to 1,000 Socket.IO clients", "socket.io", 8),
+    load_work("sessions", "connect, one request, close; 64 at a time", "raw", "sessions/s",
+              "--clients 64 --sessions 1"),
     handshake_work("handshakes", "opening handshakes, raw door", "raw"),
     handshake_work("siohandshakes", "opening handshakes, Socket.IO door", "socket.io"),
     memory_work("memory", "memory of an idle client, 2,000 raw clients", "raw"),
     memory_work("siomemory", "memory of an idle client, 2,000 Socket.IO clients", "socket.io"),
     start_work("start", "start to first answer", "ms", measure_start),
     start_work("resident", "resident memory at the first answer", "MiB", measure_resident),
-    calm_work("calm", "p99 of get_status while 1,000 clients hear broadcasts, of what is allowed"),
-]
-QUICK_WORKS = "rpc1,rpc16,sio16,cast1,cast8,handshakes"
+    Work("calm", "p99 of get_status while 1,000 clients hear broadcasts, of what is allowed",
+         "x", "raw", "less", measure_calm, karna_only=True),
+]  # fmt: skip
+QUICK_WORKS = "rpc1,rpc16,sio16,post1,same16,cast1,cast8,sessions"
 QUICK_SERVERS = "karna,karna-uvloop,fastapi,websockets,picows,socketify,c-epoll,socketio"
 
 
@@ -248,31 +323,43 @@ def summarise(samples: list[Sample]) -> Summary:
 
 @dataclass(frozen=True)
 class Goal:
-    """Karna's median, in parts of the peer's where one is named, is to reach `bound`."""
+    """Karna's median is to reach `bound`: in parts of the peer's, or of its own in another work."""
 
     work: str
     bound: float
     peer: str = ""
+    base: str = ""
 
 
 GOALS = [
-    Goal("rpc1", 5, "fastapi"),
-    Goal("rpc1", 1, "picows"),
+    # Lines that all differ.
     Goal("rpc16", 10, "fastapi"),
-    Goal("rpc16", 2, "picows"),
+    Goal("rpc16", 3, "picows"),
     Goal("rpc16", 2, "socketify"),
+    Goal("rpc1", 5, "fastapi"),
+    Goal("rpc1", 1.05, "picows"),
     Goal("sio16", 20, "socketio"),
     Goal("sio16", 2, "node-socketio"),
+    Goal("post1", 5, "fastapi"),
+    Goal("post16", 5, "fastapi"),
+    Goal("async0", 0.8, base="typed16"),
+    Goal("async1", 0.5, base="typed16"),
+    Goal("sessions", 1.1, "picows"),
+    Goal("handshakes", 3, "fastapi"),
+    Goal("handshakes", 1.4, "websockets"),
+    Goal("start", 1.1, "websockets"),
+    Goal("resident", 1.15, "websockets"),
+    # The same line again and again.
+    Goal("same16", 10, "fastapi"),
+    Goal("same16", 3, "picows"),
+    Goal("same16", 2, "socketify"),
+    Goal("same1", 1, "picows"),
     Goal("cast1", 5, "fastapi"),
     Goal("cast1", 0.8, "c-epoll"),
     Goal("cast8", 30, "fastapi"),
     Goal("cast8", 1, "socketify"),
-    Goal("handshakes", 3, "fastapi"),
-    Goal("handshakes", 1.4, "websockets"),
     Goal("memory", 9),
     Goal("siomemory", 12),
-    Goal("start", 1.15, "websockets"),
-    Goal("resident", 1.15, "websockets"),
     Goal("calm", 1),
 ]
 

@@ -25,6 +25,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterable
+from time import perf_counter
 from typing import Any, cast
 
 from websockets.asyncio.server import Server as WebSocketServer
@@ -49,7 +50,8 @@ from karna.reader import FLUSH_BYTES, EpollReader
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
-MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others
+MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others...
+SHARE_S = 0.001  # ...as it does after this long
 FLUSH_FRAMES = 64  # joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
@@ -196,7 +198,7 @@ class Connection(ServerConnection):
         self.is_queueing = True
         receive, answers, heads = self.door.receive, self._queue, SHORT_TEXT_HEADS
         limit = self.hub.max_message_bytes
-        position, end, need, messages = 0, len(data), 0, 0
+        position, end, need, messages, until = 0, len(data), 0, 0, 0.0
         while not self._holds:
             if end - position < 2:
                 need = 2
@@ -219,9 +221,11 @@ class Connection(ServerConnection):
                 if stop > end:
                     need = stop - position
                     break
-                if messages == MAX_MESSAGES:
-                    self._wait_for_turn()
-                    break
+                if messages & 7 == 0 and messages:
+                    until = until or perf_counter() + SHARE_S
+                    if messages == MAX_MESSAGES or perf_counter() > until:
+                        self.wait_for_turn()
+                        break
                 payload = apply_mask(data[body:stop], data[body - 4 : body])
                 position = stop
                 messages += 1
@@ -266,13 +270,13 @@ class Connection(ServerConnection):
         elif self.phase is Phase.HTTP:
             self.door.take(data)
 
-    def _wait_for_turn(self) -> None:
+    def wait_for_turn(self) -> None:
         """Others first: however much one client sends at once, it gets its share of the loop."""
         self.hold(HOLD_TURN)
         self.hub.turns.wait(self._have_turn)
 
     def _have_turn(self) -> None:
-        if self.phase is _OPEN:
+        if self._holds & HOLD_TURN and self.phase in (Phase.OPEN, Phase.HTTP):
             self._holds &= ~HOLD_TURN
             if not self._holds:
                 self._resume_reading()

@@ -209,10 +209,13 @@ class Exchange(Door):
         connection, follower = self.connection, Exchange(self.connection, self.route)
         follower._is_first, follower._has_ended = False, self._has_ended
         connection.door = follower
-        connection.release(HOLD_ANSWER)
         if self._rest:
             connection.keep(self._rest)
-            connection.hub.turns.wait(connection.read_kept)
+            if len(self._rest) > MAX_PIPELINED_BYTES:
+                connection.wait_for_turn()  # without reading on
+            else:
+                connection.hub.turns.wait(connection.read_kept)
+        connection.release(HOLD_ANSWER)
 
     def _set_deadline(self, answer_bytes: int) -> None:
         """For a request to arrive, once the peer had time to read the answer before it."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from karna.access import forwarded_for
+from karna.config import make_config
+from karna.head import parse_head
 from karna_ws import Client, WebSocketManager
 from support import served
 from support_peers import (
@@ -452,3 +455,23 @@ async def test_header_that_comes_twice_is_refused(
         for door, status in doors.items():
             answer = await ask(server.port, DOORS[door]({name: values}))
             assert answer.status == status, (door, answer)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "expected"),
+    [
+        ("10.0.0.9", "1.2.3.4", None),  # not from a proxy of ours: anybody's word
+        ("10.0.0.1", None, None), ("10.0.0.1", "", None),
+        ("10.0.0.1", "1.2.3.4", "1.2.3.4"), ("10.0.0.1", "6.6.6.6, 1.2.3.4", "1.2.3.4"),
+        ("10.0.0.1", "6.6.6.6, 1.2.3.4 , 10.0.0.2,10.0.0.1", "1.2.3.4"),
+        ("10.0.0.1", "10.0.0.2", None), ("10.0.0.1", "2001:db8::1", "2001:db8::1"),
+        ("10.0.0.1", "1.2.3.4, evil\x1b[31m", None), ("10.0.0.1", "1.2.3.4, " + "1" * 50, None),
+    ],
+)  # fmt: skip
+def test_address_behind_a_proxy_is_the_last_that_is_no_proxy_of_ours(
+    peer: str, forwarded: str | None, expected: str | None
+) -> None:
+    config = make_config({"trust_proxy": ["10.0.0.1", "10.0.0.2"]})
+    headers = {} if forwarded is None else {"x-forwarded-for": forwarded}
+    asked = parse_head(head("GET", "/"))._replace(headers=headers)
+    assert forwarded_for(config, peer, asked) == expected

@@ -18,6 +18,7 @@ from support import (
     REQUEST_ERRORS,
     Gate,
     Raw,
+    Sio,
     execute,
     failing_manager,
     limit_for,
@@ -573,3 +574,47 @@ async def test_method_runs_in_a_thread_or_on_the_loop_as_it_was_registered() -> 
         assert (await client.ask("block"))["data"] is False
         assert (await client.ask("inline"))["data"] is True
         assert (await client.ask("inline", flag=False))["data"] is False
+
+
+async def test_line_said_again_fails_as_it_did_the_first_time() -> None:
+    """The second time it is a prepared one, in the fast lane."""
+    manager = failing_manager()
+
+    @manager.commands.command(inline=True)
+    def odd(kind: str) -> Any:
+        return {"bytes": b"x", "keys": {1: 2}}[kind]
+
+    async with served(manager) as server, Raw.open(server) as client, Sio.open(server) as socket:
+        await socket.join()
+        for id in ({}, {"id": 5}):
+            for line in ("fail_inline", "odd bytes", "odd keys", "odd none"):
+                answers = []
+                for _ in range(3):
+                    await client.send(execute(line) | id)
+                    answers.append(await client.next())
+                    if line != "odd bytes":  # which the Socket.IO door can send
+                        assert await socket.rpc(execute(line) | id) == answers[0]
+                assert answers == [answers[0]] * 3
+                is_error = line != "odd keys"
+                assert (answers[0]["type"] == "error") == is_error
+                assert answers[0]["data"].get("code") == ("command_failed" if is_error else None)
+                assert answers[0]["data"]["command"] == line
+
+
+async def test_sending_to_a_client_that_has_left_raises() -> None:
+    manager = WebSocketManager()
+    clients: list[Client] = []
+
+    @manager.on("connect")
+    async def keep(client: Client, auth: Any) -> None:
+        clients.append(client)
+
+    async with served(manager) as server:
+        async with Raw.open(server), Sio.open(server, join="/"):
+            await until(lambda: manager.count_clients() == 2)
+        await until(lambda: not manager.count_clients())
+        for client in clients:
+            with pytest.raises(ConnectionError, match=client.id):
+                await client.send("hello", 1)
+            with pytest.raises(ConnectionError, match=client.id):
+                await client.emit("hello", 1)

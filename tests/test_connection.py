@@ -1,4 +1,4 @@
-"""One socket: back-pressure, heartbeat, close; and the private names of the library we use."""
+"""One socket: back-pressure, heartbeat, close."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import time
 from typing import Any
 
 import pytest
-import websockets.frames
-from websockets.asyncio.server import serve as plain_serve
 
 from karna.door import HOLD_CALLS, HOLD_WRITES
 from karna_ws import Client, WebSocketManager
@@ -245,43 +243,6 @@ async def test_client_that_takes_what_is_written_lives_without_a_word() -> None:
             await peer.frame()
         await until(lambda: connection.is_writable)
         assert connection.heard
-
-
-def test_library_has_the_private_names_we_use() -> None:
-    """Names of `websockets` that are no promise of its; see the banner of section 4."""
-    import inspect
-
-    from websockets.frames import CloseCode, Frame, Opcode
-    from websockets.protocol import State
-    from websockets.server import ServerProtocol
-
-    missing: list[str] = []
-
-    def need(holds: Any, what: str) -> None:
-        if not holds:
-            missing.append(what)
-
-    for name in ("receive_data", "receive_eof", "events_received", "data_to_send", "send_close",
-                 "fail", "parse"):  # fmt: skip
-        need(callable(getattr(ServerProtocol, name, None)), f"ServerProtocol.{name}()")
-    protocol = ServerProtocol(max_size=10)
-    for name in ("state", "parser", "reader", "eof_sent", "current_size"):
-        need(hasattr(protocol, name), f"ServerProtocol.{name}")
-    need(hasattr(getattr(protocol, "reader", None), "eof"), "ServerProtocol.reader.eof")
-    need(getattr(protocol, "current_size", 0) is None, "ServerProtocol.current_size None at first")
-    for name in ("CONNECTING", "OPEN", "CLOSING", "CLOSED"):
-        need(hasattr(State, name), f"State.{name}")
-    fields = inspect.signature(Frame).parameters
-    need({"opcode", "data", "fin"} <= set(fields), "Frame(opcode, data, fin)")
-    for name in ("TEXT", "BINARY", "CONT"):
-        need(getattr(Opcode, name) is getattr(websockets.frames, name, None), f"frames.{name}")
-    need(CloseCode.TRY_AGAIN_LATER == 1013, "CloseCode.TRY_AGAIN_LATER")
-    need(callable(getattr(websockets.frames, "apply_mask", None)), "frames.apply_mask()")
-    parameters = inspect.signature(plain_serve).parameters
-    for name in ("create_connection", "compression", "max_size", "logger", "ping_interval",
-                 "open_timeout", "close_timeout"):  # fmt: skip
-        need(name in parameters, f"serve({name}=)")
-    assert not missing, f"websockets {websockets.__version__} has changed: {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("limit", [128, 1000, 70_000])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import socket
 import struct
 import time
+from base64 import b64encode
+from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+import karna.page
 import karna_ws
 from karna.door import HOLD_ANSWER
 from karna.errors import InvalidRequest
@@ -478,6 +482,19 @@ async def test_kept_connection_that_idles_is_closed_after_the_open_timeout() -> 
         assert manager.metrics.refusals["timeout"] == 0  # it is no fault of the peer's
 
 
+async def test_later_request_has_its_time_from_its_first_byte() -> None:
+    # 0.0 answer; 0.2 first byte; 0.3 an idle one would be closed; 0.4 the rest.
+    async with served(open_timeout_s=0.3) as server, dial(server.port) as peer:
+        await peer.send(head("GET", "/health", KEPT))
+        assert (await peer.answer()).status == 200
+        await asyncio.sleep(0.2)
+        data = head("GET", "/health", KEPT)
+        await peer.send(data[:5])
+        await asyncio.sleep(0.2)
+        await peer.send(data[5:])
+        assert (await peer.answer()).status == 200
+
+
 async def test_later_request_that_dribbles_is_told_of_its_deadline() -> None:
     async with served(open_timeout_s=0.3) as server, dial(server.port) as peer:
         await peer.send(head("GET", "/health", KEPT))
@@ -680,3 +697,20 @@ async def test_handshake_that_fails_late_is_not_answered_in_the_websocket() -> N
     manager.admit = admit  # type: ignore[method-assign]
     async with served(manager, logs_errors=True) as server, raw(server.port) as peer:
         await peer.sync()  # a frame comes next, no HTTP
+
+
+async def test_page_is_back_as_soon_as_its_file_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("karna.page.PAGE", tmp_path / "console.html")
+    karna.page._read_page.cache_clear()
+    try:
+        async with served() as server:
+            assert (await http(server, "GET", "/"))[1]["name"] == "karna-ws"
+            karna.page.PAGE.write_text("<script>1</script><style>b{}</style>")
+            answer = await ask(server.port, head("GET", "/"))
+            assert answer.body == b"<script>1</script><style>b{}</style>"
+            digest = b64encode(hashlib.sha256(b"1").digest()).decode()
+            assert f"script-src 'sha256-{digest}'" in answer.headers["content-security-policy"]
+    finally:
+        karna.page._read_page.cache_clear()

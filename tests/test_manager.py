@@ -7,9 +7,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import orjson
@@ -20,7 +21,7 @@ from karna.broadcasts import FLUSH_BROADCAST_BYTES
 from karna_ws import Client, Server, WebSocketManager
 from services import CommandProcessor, Service
 from support import EXECUTE, Lamp, Raw, Sio, execute, needs, offsets, served, until
-from support_peers import ENGINE, RAISED, Received, engine, frame, lazy, raw
+from support_peers import ENGINE, RAISED, Peer, Received, engine, frame, lazy, raw
 from support_process import process
 
 
@@ -519,7 +520,82 @@ async def test_unsent_limit_is_not_met_by_a_replay_alone() -> None:
             assert [(await peer.json())["data"][0] for _ in range(100)] == list(range(100))
 
 
-async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it() -> None:
+@contextlib.asynccontextmanager
+async def returning(server: Server, door: str, offset: str) -> AsyncIterator[Peer]:
+    """A client with small buffers that comes back; it does not read until it is told to."""
+    async with lazy(server.port, ENGINE if door == "socket.io" else f"/ws?since={offset}") as peer:
+        if door == "socket.io":
+            await peer.frame()
+            auth = json.dumps({"pid": "p", "offset": offset}).encode()
+            await peer.send(frame(1, b"40/ws," + auth))
+        peer.writer.transport.pause_reading()
+        yield peer
+
+
+async def numbers_of(peer: Peer, count: int) -> list[int]:
+    """The next numbers that were broadcast; what is no broadcast is passed over."""
+    found: list[int] = []
+    while len(found) < count:
+        received = await peer.frame()
+        assert received.opcode == 1, received
+        match = re.search(rb'"data":\[(\d+),', received.payload)
+        found += [int(match[1])] if match else []
+    return found
+
+
+@pytest.mark.parametrize("door", ["raw", "socket.io"])
+async def test_short_replay_is_no_sign_of_a_slow_client(door: str) -> None:
+    manager = WebSocketManager()
+    async with served(manager, max_unsent_bytes=1024) as server:
+        start = manager.history.last
+        for number in range(40):
+            manager.broadcast("n", [number, "x" * 600])  # 27 KB: sent at once
+        manager.flush_broadcasts()
+        admit = manager.admit
+
+        def admit_with_a_small_buffer(client: Any) -> None:
+            our_side = client.connection.transport.get_extra_info("socket")
+            our_side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            admit(client)
+
+        manager.admit = admit_with_a_small_buffer  # type: ignore[method-assign]
+        async with returning(server, door, start) as peer:
+            [connection] = manager.connections
+            await until(connection.transport.get_write_buffer_size)
+            manager.broadcast("n", [40, "x"])
+            manager.flush_broadcasts()
+            peer.writer.transport.resume_reading()
+            assert await numbers_of(peer, 41) == list(range(41))
+        assert not manager.metrics.drops
+
+
+@pytest.mark.parametrize("door", ["raw", "socket.io"])
+async def test_long_replay_and_what_is_broadcast_meanwhile_arrive_once_in_order(door: str) -> None:
+    manager = WebSocketManager()
+    options = {"max_unsent_bytes": 2**24, "history_bytes": 2**26, "history_messages": 10_000}
+    async with served(manager, **options) as server:
+        start = manager.history.last
+        for number in range(200):
+            manager.broadcast("n", [number, "x" * 20_000])  # 4 MB: more than sockets take
+        manager.flush_broadcasts()
+        async with returning(server, door, start) as peer:
+            [connection] = manager.connections
+            await until(lambda: not connection.is_writable)
+            assert manager.count_clients() == 0, "it is live when it has caught up"
+            for number in range(200, 260):
+                manager.broadcast("n", [number, "x" * 20_000])
+            peer.writer.transport.resume_reading()
+            seen = await numbers_of(peer, 100)
+            for number in range(260, 300):
+                manager.broadcast("n", [number, "x"])
+            seen += await numbers_of(peer, 200)
+            await until(lambda: manager.count_clients() == 1)
+            manager.broadcast("n", [300, "x"])
+            assert seen + await numbers_of(peer, 1) == list(range(301))
+
+
+@pytest.mark.parametrize("door", ["raw", "socket.io"])
+async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it(door: str) -> None:
     count = 120_000
     manager = WebSocketManager()
     options = {"history_messages": count, "history_bytes": 2**27, "max_unsent_bytes": 1024}
@@ -528,17 +604,60 @@ async def test_replay_of_many_small_broadcasts_does_not_drop_who_asked_for_it() 
         for number in range(count):
             manager.broadcast("n", number)
         manager.flush_broadcasts()
-        async with lazy(server.port, ENGINE) as peer:
-            await peer.frame()
-            peer.writer.transport.pause_reading()
-            auth = json.dumps({"pid": "p", "offset": start}).encode()
-            await peer.send(frame(1, b"40/ws," + auth))
+        async with returning(server, door, start) as peer:
             [connection] = manager.connections
             await until(lambda: not connection.is_writable)
             peer.writer.transport.resume_reading()
             for number in range(count):
                 received = await peer.frame()
                 assert received.opcode == 1 and b'"data":%d,' % number in received.payload
+
+
+@pytest.mark.parametrize("is_gap", [False, True], ids=["recovered", "gap"])
+async def test_client_that_comes_back_takes_the_place_of_its_other_connection(
+    is_gap: bool,
+) -> None:
+    """Else one client that we did not know to be dead would be there twice."""
+    manager = WebSocketManager()
+    told: list[tuple[str, str, str]] = []
+
+    @manager.on("connect")
+    async def connect(client: Client, auth: Any) -> None:
+        told.append(("connect", client.namespace, client.id))
+
+    @manager.on("disconnect")
+    async def disconnect(client: Client, reason: str) -> None:
+        told.append(("disconnect", client.namespace, client.id))
+
+    async with served(manager) as server:
+        async with Sio.open(server) as old, Sio.open(server) as new:
+            first = await old.join("/ws")
+            other = await old.join("/")
+            manager.broadcast("number", 1)
+            offset = manager.history.last
+            manager.broadcast("number", 2)
+            auth = {"pid": first["pid"], "offset": "1-1" if is_gap else offset}
+            await new.send("40/ws," + json.dumps(auth))
+            if not is_gap:
+                assert (await new.packet("42/ws,"))[1]["data"] == 2
+            answer = await new.packet("40/ws,")
+            assert answer["sid"] == first["sid"]
+            assert (answer["pid"] == first["pid"]) != is_gap
+            code, reason = await old.closed()
+            assert code == 1008 and "another connection" in reason
+            assert manager.count_clients() == 1
+            await until(lambda: len(manager.connections) == 1)
+            assert manager.broadcast("number", 3) == 1, "the end of the old one is not its end"
+            assert (await new.packet("42/ws,"))[1]["data"] == 3
+            await until(lambda: len(told) == 5)
+            assert sorted(told) == sorted([
+                ("connect", "/ws", first["sid"]), ("connect", "/", other["sid"]),
+                ("connect", "/ws", first["sid"]), ("disconnect", "/ws", first["sid"]),
+                ("disconnect", "/", other["sid"]),
+            ])  # fmt: skip
+        await until(lambda: len(told) == 6)
+        assert told[-1] == ("disconnect", "/ws", first["sid"])
+        assert manager.count_clients() == 0
 
 
 class Reader:

@@ -15,9 +15,24 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect
 
+from karna.connection import Connection
 from karna.errors import StartError
+from karna.listen import Listener
 from karna_ws import WebSocketManager, serve, serving
-from support import EXECUTE, SERVER_FILE, Gate, Lamp, Raw, Sio, execute, needs, served, until
+from support import (
+    EXECUTE,
+    SERVER_FILE,
+    Gate,
+    Lamp,
+    Raw,
+    Sio,
+    error_log,
+    execute,
+    needs,
+    served,
+    settled,
+    until,
+)
 from support_peers import (
     ENGINE,
     Peer,
@@ -451,3 +466,73 @@ async def test_flood_of_hostile_connections_leaves_the_log_short_and_the_server_
         assert len(karna.log().splitlines()) < 200  # of 500 refusals, in two windows at most
         assert resident_peak(karna.pid) - before < 30_000_000
         assert "Traceback" not in karna.log()
+
+
+async def test_server_in_a_thread_leaves_signals_to_the_program() -> None:
+    manager = WebSocketManager()
+    before = signal.getsignal(signal.SIGTERM)
+
+    async def run() -> None:
+        running = asyncio.create_task(serve(manager, port=0))
+        await until(lambda: manager.loop is not None)
+        await settled(manager)
+        assert not manager.is_draining and not running.done()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    await asyncio.to_thread(asyncio.run, run())
+    assert manager.loop is None and signal.getsignal(signal.SIGTERM) is before
+
+
+async def test_start_that_is_cancelled_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = asyncio.Event()
+
+    async def never(listener: Listener) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Listener, "start_accepting", never)
+    manager = WebSocketManager()
+    starting = asyncio.create_task(serve(manager, port=0))
+    await begun.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert manager.loop is None and not manager.tasks.running
+    monkeypatch.undo()
+    async with served(manager) as server:
+        assert (await ask(server.port, head("GET", "/health"))).status == 200
+
+
+async def test_server_whose_sweep_dies_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(manager: WebSocketManager) -> None:
+        raise LookupError("bug")
+
+    monkeypatch.setattr(WebSocketManager, "sweep", broken)
+    with error_log(expected=True) as errors:
+        await serve(WebSocketManager(), port=0)
+    assert "sweep ended" in errors.lines[0]
+
+
+async def test_deadline_that_fails_ends_its_own_client_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 0.1 ping of both clients; that of the first one fails.
+    heartbeat, failed = Connection.heartbeat, []
+
+    def broken(connection: Connection, *args: Any) -> None:
+        if not failed or failed == [connection]:
+            failed[:] = [connection]
+            raise LookupError("bug")
+        heartbeat(connection, *args)
+
+    monkeypatch.setattr(Connection, "heartbeat", broken)
+    async with (
+        served(ping_interval_s=0.1, logs_errors=True) as server,
+        raw(server.port) as first, raw(server.port) as second,
+    ):  # fmt: skip
+        pings = await asyncio.gather(first.at_end(), second.at_end())
+        assert sorted(pings) == [False, True], "one was cut, the other got its ping"

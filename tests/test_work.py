@@ -344,11 +344,38 @@ async def test_cancelled_job_is_told_so_whatever_it_did_about_that(work: Any, st
 
 async def test_job_that_ended_before_it_was_cancelled_succeeded() -> None:
     tasks, ends = Tasks(), Ends()
-    job = tasks.start(succeed(5, wait=False), "job", 10.0, ends)
-    await until(lambda: job.task.done())
-    job.cancel()
+
+    async def succeed_just_before() -> int:
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(cancel)  # its task is done then, its end not yet told
+        return 5
+
+    def cancel() -> None:
+        assert job.task.done() and not job.is_over
+        job.cancel()
+
+    job = tasks.start(succeed_just_before(), "job", 10.0, ends)
     await tasks.wait(1.0)
     assert ends.seen == [(5, "", False, False)]
+
+
+async def test_second_cancellation_leaves_the_cleaning_up_of_the_first_alone() -> None:
+    tasks, ends, cleaned = Tasks(), Ends(), []
+
+    async def clean_up() -> None:
+        try:
+            await hang()
+        finally:
+            await asyncio.sleep(0.02)
+            cleaned.append(1)
+
+    job = tasks.start(clean_up(), "job", 0.05, ends)
+    await asyncio.sleep(0)
+    for _ in range(5):
+        job.cancel()
+        await asyncio.sleep(0)
+    await job.wait()
+    assert cleaned and ends.seen == [(None, "CancelledError", True, False)]
 
 
 async def test_waiting_that_is_cancelled_cancels_the_job_and_outlasts_it() -> None:

@@ -31,6 +31,12 @@ async def broadcast(text: str) -> None:
         await websocket.send_str(text)
 
 
+async def execute_command(request: web.Request) -> web.Response:
+    params = orjson.loads(await request.read())
+    envelope, _ = answer({"method": "execute_command", "params": params, "id": None})
+    return web.Response(body=orjson.dumps(envelope), content_type="application/json")
+
+
 app = web.Application()
-app.add_routes([web.get("/ws", serve_client)])
+app.add_routes([web.get("/ws", serve_client), web.post("/api/execute_command", execute_command)])
 web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None)

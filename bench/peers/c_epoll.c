@@ -1,4 +1,5 @@
 /* The machine's limit: a C server that parses frames, copies the id into a fixed answer, and writes.
+ * The load's command lines hold the same digits as their ids, so that they are answered rightly, too.
  *
  * It knows no JSON, no doors, no limits and no slow clients, and it accepts only the load's own
  * Sec-WebSocket-Key. A request that holds the word "notify" is also sent on to every client, one
@@ -29,6 +30,9 @@ static const char UPGRADE[] =
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
 static const char ANSWER[] =
+    "{\"type\":\"command_response\",\"data\":{\"command\":\"echo w00000000 w00000000\","
+    "\"result\":\"w00000000 w00000000\"},\"id\":00000000}";
+static const char HELLO[] =
     "{\"type\":\"command_response\",\"data\":{\"command\":\"echo hello\",\"result\":\"hello\"},\"id\":00000000}";
 static const char STATUS[] =
     "{\"type\":\"status_update\",\"data\":{\"vision\":{},\"language\":{},\"command\":{}},\"id\":00000000}";
@@ -48,7 +52,8 @@ static size_t put_frame(uint8_t *to, const char *payload, size_t len, const char
     to[1] = (uint8_t)len;
     if (len >= 126) { to[1] = 126; to[2] = (uint8_t)(len >> 8); to[3] = (uint8_t)len; head = 4; }
     memcpy(to + head, payload, len);
-    memcpy(memmem(to + head, len, "00000000", 8), digits, 8);
+    for (uint8_t *at = to + head; (at = memmem(at, (size_t)(to + head + len - at), "00000000", 8)); at += 8)
+        memcpy(at, digits, 8);
     return head + len;
 }
 
@@ -67,6 +72,8 @@ static void handle_message(int fd, uint8_t *payload, size_t len, const uint8_t *
     if (out_len > SCRATCH - 256) { send(fd, out, out_len, MSG_NOSIGNAL); out_len = 0; }
     if (memmem(payload, len, "get_status", 10))
         out_len += put_frame(out + out_len, STATUS, sizeof STATUS - 1, id + 5);
+    else if (memmem(payload, len, "hello", 5))
+        out_len += put_frame(out + out_len, HELLO, sizeof HELLO - 1, id + 5);
     else
         out_len += put_frame(out + out_len, ANSWER, sizeof ANSWER - 1, id + 5);
 }
@@ -78,7 +85,11 @@ static size_t handle_frame(int fd, uint8_t *bytes, size_t have) {
     len = bytes[1] & 0x7f;
     if (len == 126) { len = (size_t)bytes[2] << 8 | bytes[3]; head = 8; }
     if (have < head + len) return 0;
-    if ((bytes[0] & 15) == 8) { drop(fd); return 0; }
+    if ((bytes[0] & 15) == 8) {
+        send(fd, "\x88\x02\x03\xe8", 4, MSG_NOSIGNAL);
+        drop(fd);
+        return 0;
+    }
     handle_message(fd, bytes + head, len, bytes + head - 4);
     return head + len;
 }

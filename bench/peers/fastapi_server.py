@@ -1,10 +1,12 @@
-"""FastAPI under uvicorn[standard], with the ConnectionManager of FastAPI's documentation."""
+"""FastAPI under uvicorn[standard] (httptools), with the ConnectionManager of its documentation."""
 
 import json
 import sys
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from pydantic import BaseModel
 from work import answer
 
 
@@ -39,6 +41,17 @@ async def serve_client(websocket: WebSocket) -> None:
             await websocket.send_json(envelope)
     except WebSocketDisconnect:
         manager.disconnect(websocket)
+
+
+class Command(BaseModel):
+    command: str
+
+
+@app.post("/api/execute_command")
+async def execute_command(command: Command) -> dict[str, Any]:
+    request = {"method": "execute_command", "params": {"command": command.command}, "id": None}
+    envelope, _ = answer(request)
+    return envelope
 
 
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
