@@ -166,6 +166,7 @@ async def run_until_interrupted(arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m karna.client", description="Run one command of a Karna WS server.",
+        usage="%(prog)s [-h] [--url URL] (COMMAND ... | --status | --listen)",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s")
