@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-# karna/client.py needs karna/link.py and karna/text.py alone: beside them it needs no such line.
+# karna/client/ needs karna/text.py alone: beside them it needs no such line.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from karna.client import Client, ClientError, CommandError, connect

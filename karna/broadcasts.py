@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 from karna.calls import Client, CommandHub
-from karna.connection import write_all
+from karna.sender import write_all
 from karna.envelopes import HISTORY_GAP
 from karna.frames import frame_text
 from karna.history import Entry, History, checked_entry, with_offset

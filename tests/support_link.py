@@ -33,10 +33,10 @@ async def hurried(
 ) -> AsyncIterator[None]:
     """Pauses between tries at 1/250 of their length, or less; other limits of link by name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("karna.link.FIRST_PAUSE_S", first_s)
-        patch.setattr("karna.link.LONGEST_PAUSE_S", longest_s)
+        patch.setattr("karna.client.link.FIRST_PAUSE_S", first_s)
+        patch.setattr("karna.client.link.LONGEST_PAUSE_S", longest_s)
         for name, value in limits.items():
-            patch.setattr(f"karna.link.{name}", value)
+            patch.setattr(f"karna.client.link.{name}", value)
         yield
 
 

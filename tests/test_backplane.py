@@ -446,7 +446,7 @@ async def test_long_stream_ids_are_understood(redis: RedisServer, newest: str) -
     redis.call("XADD", STREAM, newest, "body", body)
     async with served(backplane=redis.url) as a, following(*both_doors(a)) as followers:
         assert a.manager.backplane.state == "running"
-        assert [offset for offset, _ in a.manager.history.entries] == [newest]
+        assert [entry.offset for entry in a.manager.history.entries] == [newest]
         await say(a, "2")
         for follower in followers:
             assert await follower.until("2") == ["2"]

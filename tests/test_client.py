@@ -730,7 +730,7 @@ async def test_on_is_used_with_a_name_once() -> None:
 
 def test_server_does_not_load_the_client() -> None:
     code = "import sys, karna_ws; print([n for n in sys.modules if n in sys.argv])"
-    rooms = ["karna.client", "karna.link", "karna.shell"]
+    rooms = ["karna.client", "karna.client.link", "karna.client.__main__"]
     words = [sys.executable, "-c", code, *rooms]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

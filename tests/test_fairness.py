@@ -270,18 +270,19 @@ async def test_rejoining_a_namespace_forgets_no_running_command() -> None:
 
 
 async def test_sessions_without_the_token_take_no_place_of_its_owners() -> None:
-    async with served(token=TOKEN, max_clients=3) as server:
-        async with contextlib.AsyncExitStack() as stack:
-            for _ in range(10):
-                await stack.enter_async_context(Sio.open(server))
-            for _ in range(3):
-                await stack.enter_async_context(Raw.open(server, f"/ws?token={TOKEN}"))
-            late = await stack.enter_async_context(Sio.open(server))
-            await late.send("40" + json.dumps({"token": TOKEN}))
-            error = await late.packet("44")
-            assert error["data"]["code"] == "unavailable" and "full" in error["message"]
-            refused = await ask(server.port, head("GET", "/health"))
-            assert refused.status == 200
+    async with (
+        served(token=TOKEN, max_clients=3) as server,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for _ in range(10):
+            await stack.enter_async_context(Sio.open(server))
+        for _ in range(3):
+            await stack.enter_async_context(Raw.open(server, f"/ws?token={TOKEN}"))
+        late = await stack.enter_async_context(Sio.open(server))
+        await late.send("40" + json.dumps({"token": TOKEN}))
+        error = await late.packet("44")
+        assert error["data"]["code"] == "unavailable" and "full" in error["message"]
+        assert (await ask(server.port, head("GET", "/health"))).status == 200
 
 
 async def test_long_replay_waits_for_its_reader() -> None:

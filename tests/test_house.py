@@ -154,7 +154,8 @@ def test_private_names_of_the_library_are_used_in_one_room_and_listed_there() ->
 PUBLIC = {
     "websockets.frames.CloseCode", "websockets.asyncio.server.Server",
     "websockets.asyncio.server.ServerConnection", "websockets.asyncio.server.serve",
-    "websockets.asyncio.server.unix_serve",
+    "websockets.asyncio.server.unix_serve", "websockets.asyncio.client.ClientConnection",
+    "websockets.asyncio.client.connect", "websockets.exceptions.ConnectionClosed",
 }  # fmt: skip
 IN_ONE_ROOM = {
     "connection.py": {

@@ -13,8 +13,8 @@ import pytest
 from websockets.protocol import State
 
 from karna.client import ConnectionLost, NotConnected, Refused, connect
-from karna.link import FIRST_PAUSE_S, LONGEST_PAUSE_S, BadMessage, authorization, back_off
-from karna.link import decode_message, parse_url, with_since
+from karna.client.link import FIRST_PAUSE_S, LONGEST_PAUSE_S, BadMessage, authorization, back_off
+from karna.client.link import decode_message, parse_url, with_since
 from karna_ws import WebSocketManager
 from support import Gate, served, until
 from support_clients import Wire
@@ -470,7 +470,7 @@ async def test_pauses_grow_while_connections_break_soon(monkeypatch: pytest.Monk
         else:
             await peer.answer({"result": "stays"})
 
-    monkeypatch.setattr("karna.link.back_off", pauses)
+    monkeypatch.setattr("karna.client.link.back_off", pauses)
     for stable_s, expected in ((60.0, [4]), (0.0, [1, 1, 1, 1])):
         begun.clear()
         async with scripted(script) as port, hurried(STABLE_S=stable_s), join(port) as client:
@@ -484,7 +484,7 @@ async def test_bug_of_ours_is_logged_and_fails_what_waits(
 ) -> None:
     async with served(WebSocketManager()) as server, join(server) as client:
         stream = client.broadcasts()
-        monkeypatch.setattr("karna.link.decode_message", lambda payload: 1 / 0)
+        monkeypatch.setattr("karna.client.link.decode_message", lambda payload: 1 / 0)
         with pytest.raises(ConnectionLost):
             await client.execute("echo x")
         with pytest.raises(NotConnected, match="its log tells why"):

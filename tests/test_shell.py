@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from karna import shell
-from karna.shell import ProgressDisplay, bar, json_line, main, parse_arguments, percent_of, run
+import karna.client.__main__ as shell
+from karna.client.__main__ import ProgressDisplay, bar, json_line, main, parse_arguments, percent_of, run
 from karna_ws import WebSocketManager
 from support import Gate, failing_manager, served, until
 from support_clients import Wire

@@ -17,7 +17,7 @@ What holds whatever the network does:
 - Who is refused (401, 403, close code 1008) does not try again: everything raises Refused.
 
 Everything belongs to the loop it was entered in. `python -m karna.client --help` is this client for
-a shell (karna.shell). Stands on link; no room of the server uses it, and it uses none of theirs.
+a shell. Stands on link; no room of the server uses it, and it uses none of theirs.
 examples/karna-client.ts is its twin for browsers and Node.
 """
 
@@ -38,8 +38,8 @@ from orjson import dumps
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from karna.link import STATUS_ID, BadMessage, ClientError, Closed, Link, Message, NotConnected
-from karna.link import Refused, end_of, is_call, log
+from karna.client.link import STATUS_ID, BadMessage, ClientError, Closed, Link, Message
+from karna.client.link import NotConnected, Refused, end_of, is_call, log
 from karna.text import one_line
 
 __all__ = [
@@ -429,11 +429,3 @@ def connect(
     Raises ValueError for a wrong URL or token.
     """
     return Client(url, token=token, on_progress=on_progress, wait_s=wait_s)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from karna.shell import main  # here alone: it is the program, and imports this module
-
-    sys.exit(main())

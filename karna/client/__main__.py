@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from orjson import dumps
 
 from karna.client import Client, ClientError, CommandError, connect
-from karna.link import log
+from karna.client.link import log
 from karna.text import one_line
 
 DEFAULT_URL = "ws://localhost:8000/ws"
@@ -213,3 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return NO_ANSWER
     return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
