@@ -35,7 +35,7 @@ from karna.errors import (
 )
 from karna.service import Service
 from karna.text import one_line, utc_now
-from karna.words import rank, split_words
+from karna.words import MAX_WORDS, TOO_MANY_WORDS, Ranking, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Broadcaster(Protocol):
         """Every client, with `id`, `door` and `namespace`."""
 
 
+MAX_NAME_CHARS = 40  # of an unknown name that are compared and shown
 MAX_PREPARED, MAX_PREPARED_CHARS = 500, 200  # command lines kept as they were understood
 
 
@@ -88,6 +89,7 @@ class CommandProcessor(Service):
         self.tasks = Tasks()  # running commands
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
+        self._ranking: Ranking[Command] | None = None  # made when it is asked
         self._notify: Command | None = None  # ours, which waits where a backplane does
         if builtins:
             add_builtins(self)
@@ -118,6 +120,7 @@ class CommandProcessor(Service):
             self.commands[name] = command
             self._replaceable.discard(name)
         self.prepared.clear()
+        self._ranking = None
         self.touch()
 
     def offer(self, command: Command) -> None:
@@ -150,7 +153,9 @@ class CommandProcessor(Service):
             if call is not None:
                 return call
         if line.isprintable() and "\\" not in line and '"' not in line and "'" not in line:
-            words = line.split()
+            words = line.split(None, MAX_WORDS)
+            if len(words) > MAX_WORDS:
+                raise UsageError(TOO_MANY_WORDS)
         else:
             words = split_words(line)
         if not words:
@@ -169,13 +174,20 @@ class CommandProcessor(Service):
 
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
-        near = self.suggest(name)
+        near = self.suggest(name[:MAX_NAME_CHARS])
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `help` lists the commands"
-        return UnknownCommand(f"no command {one_line(name, 40)!r}{hint}", suggestions=near)
+        shown = one_line(name, MAX_NAME_CHARS)
+        return UnknownCommand(f"no command {shown!r}{hint}", suggestions=near)
 
     def suggest(self, text: str, limit: int = 3) -> list[str]:
         """Names of commands near to a text, best first."""
-        return [command.name for _, command in rank(text, self.distinct())[:limit]]
+        return [command.name for _, command in self.rank(text, limit)]
+
+    def rank(self, text: str, limit: int) -> list[tuple[float, Command]]:
+        """Commands near to a text with their scores, best first."""
+        if self._ranking is None:
+            self._ranking = Ranking(self.distinct())
+        return self._ranking.rank(text, limit)
 
     def distinct(self) -> list[Command]:
         """Each command once, by name."""
@@ -411,10 +423,10 @@ class LanguageService(ModelService):
 
     def interpret(self, text: str) -> dict[str, Any]:
         """{"text", "matches": [{"command", "usage", "score"}]}, at most five, the best first."""
-        commands = [] if self._commands is None else self._commands.distinct()
+        ranked = [] if self._commands is None else self._commands.rank(text, MAX_MATCHES)
         matches = [
             {"command": command.name, "usage": command.usage, "score": score}
-            for score, command in rank(text, commands)[:MAX_MATCHES]
+            for score, command in ranked
         ]
         return {"text": text, "matches": matches}
 
