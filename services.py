@@ -35,7 +35,7 @@ from karna.errors import (
 )
 from karna.service import Service
 from karna.text import one_line, utc_now
-from karna.words import MAX_WORDS, TOO_MANY_WORDS, Ranking, split_words
+from karna.words import SHORT_LINE_CHARS, Ranking, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
@@ -152,10 +152,9 @@ class CommandProcessor(Service):
             call = self.prepared.get(line)
             if call is not None:
                 return call
-        if line.isprintable() and "\\" not in line and '"' not in line and "'" not in line:
-            words = line.split(None, MAX_WORDS)
-            if len(words) > MAX_WORDS:
-                raise UsageError(TOO_MANY_WORDS)
+        is_short = len(line) < SHORT_LINE_CHARS
+        if is_short and line.isprintable() and not ("\\" in line or '"' in line or "'" in line):
+            words = line.split()
         else:
             words = split_words(line)
         if not words:

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from karna.errors import UsageError
 
 MAX_WORDS = 1_000  # of a command line: half a microsecond each to split off, two to convert
+SHORT_LINE_CHARS = 2 * MAX_WORDS  # can hold no more words than that
 MAX_PIECES = 4_000  # that quotes and blanks cut it into, a third of a microsecond each
 MAX_ESCAPES = 40_000  # backslashes in double quotes, 0.05 microseconds each
 TOO_MANY_WORDS = (
