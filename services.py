@@ -75,7 +75,8 @@ class CommandProcessor(Service):
     """A registry of commands, and what runs them.
 
     Plain `def` runs in a bounded pool of threads, `async def` on the loop; of an async generator
-    each value is reported as progress and the last one is the result.
+    each value is reported as progress and the last one is the result. Handlers of events have as
+    many threads of their own: who comes in never waits for commands.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class CommandProcessor(Service):
         self.timeout_s = timeout_s
         self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
+        self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
@@ -259,17 +261,23 @@ class CommandProcessor(Service):
         if command.runs == "stream":
             return await _last_value(command.function(*call.args, **call.kwargs), context)
         function = functools.partial(command.function, *call.args, **call.kwargs)
-        value = await self._threads.call(function) if command.runs == "thread" else function()
+        if command.runs == "thread":
+            threads = self._handler_threads if command.is_handler else self._threads
+            value = await threads.call(function, context.owner)
+        else:
+            value = function()
         return await value if inspect.isawaitable(value) else value
 
     async def start(self) -> None:
         self._threads.open()
+        self._handler_threads.open()
         self.set_state("running", f"{len(self.distinct())} commands")
 
     async def stop(self) -> None:
         """End running commands and their programs; threads that go on are abandoned."""
         self.set_state("stopped")
         self._threads.close()
+        self._handler_threads.close()
         await self.tasks.end_all()
 
     def get_status(self) -> dict[str, Any]:
@@ -290,7 +298,6 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
     async with contextlib.aclosing(values) as stream:  # type: ignore[type-var]
         async for value in stream:
             await context.progress(value)
-            await asyncio.sleep(0)  # one that never waits must not stall the other clients
     return value
 
 

@@ -115,6 +115,7 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = stems_of(self.help)
         self.inline = inline
+        self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
         self.arguments = [each.describe() for each in self._by_name.values()]
@@ -306,4 +307,6 @@ def as_handler(function: Callable[..., Any], inline: bool) -> Command:
         return function(*args)
 
     is_async = inspect.iscoroutinefunction(function)
-    return Command(call_async if is_async else call, name="handler", inline=inline)
+    command = Command(call_async if is_async else call, name="handler", inline=inline)
+    command.is_handler = True
+    return command

@@ -179,7 +179,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         return self._has_exited and not self._open
 
     async def batches(self) -> AsyncIterator[list[tuple[str, bytes]]]:
-        """All ("stdout" or "stderr", bytes) there are, as they arrived, until the program has ended.
+        """All ("stdout" or "stderr", bytes) there are, in order of arrival, until the program ends.
 
         Children that outlive it and hold its pipes are waited for PIPE_WAIT_S in all.
         """
