@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from karna.errors import RequestError, Unavailable, as_request_error, explain
-from karna.log import log
+from karna.log import describe_error, log
 from karna.text import one_line
 
 CANCEL_WAIT_S = 4.0  # cancelled work may clean up this long, then it is left behind
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 def failure_of(who: str, error: BaseException) -> RequestError:
     """What the caller of `who` is told of `error`; the operator sees a bug at level debug."""
     if not isinstance(error, RequestError) and log.isEnabledFor(logging.DEBUG):
-        log.debug("%s raised", who, exc_info=error)
+        log.debug("%s raised %s\n%s", who, type(error).__name__, describe_error(error))
     return as_request_error(error)
 
 
@@ -258,7 +258,7 @@ def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
 
 
 def _log_error(name: str, error: BaseException) -> None:
-    log.error("%s failed: %s", name, type(error).__name__, exc_info=error)
+    log.error("%s failed: %s\n%s", name, type(error).__name__, describe_error(error))
 
 
 OWNER_SHARE = 4  # an owner gets at most max_threads through this

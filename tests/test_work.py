@@ -24,9 +24,9 @@ from karna.command import Call, as_handler
 from karna.errors import CommandTimeout
 from karna.work import Job, Tasks, ThreadPool
 from karna_ws import WebSocketManager
-from services import CommandFailed, Context, Unavailable
+from services import CommandFailed, Context, Service, Unavailable
 from support import DEADLINE_S, error_log, execute, served, until
-from support_commands import any_words, hang, processor, run_line
+from support_commands import any_words, hang, monitoring, processor, run_line
 from support_peers import raw
 
 
@@ -691,6 +691,13 @@ class Nasty(Exception):
     __repr__ = __str__
 
 
+class Mirror:
+    """What looks for a misspelt attribute here does not come back."""
+
+    def __dir__(self) -> list[str]:
+        raise SystemExit("from __dir__")
+
+
 ENDS = [SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit, RecursionError]
 
 
@@ -711,7 +718,10 @@ async def test_command_is_answered_whatever_its_error_does_when_it_is_read(
         yield 1
         raise Nasty(end)
 
-    commands = processor(in_thread, on_loop, yields, max_threads=1)
+    def misspelt() -> None:
+        Mirror().mistake  # type: ignore[attr-defined]  # noqa: B018
+
+    commands = processor(in_thread, on_loop, yields, misspelt, max_threads=1)
     commands.command(inline=True, name="inline")(in_thread)
     for _ in range(2):  # the thread has lived through it
         for line in ["in_thread", "on_loop", "yields"]:
@@ -719,4 +729,35 @@ async def test_command_is_answered_whatever_its_error_does_when_it_is_read(
                 await run_line(commands, line)
         with pytest.raises(CommandFailed, match="Nasty"):
             commands.call_inline(commands.prepare("inline"))
-    assert commands.running == 0 and commands.failed == 8
+        with pytest.raises(CommandFailed, match="no attribute 'mistake'"):
+            await run_line(commands, "misspelt")
+    assert commands.running == 0 and commands.failed == 10
+
+
+FORGED = "x\n2026-01-01 12:00:00 ERROR karna_ws: forged\x1b[2J"
+
+
+async def test_text_of_an_error_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def fails() -> None:
+        raise ValueError(FORGED)
+
+    class Ill(Service):
+        async def check(self) -> None:
+            raise Unavailable(FORGED)
+
+    ill = Ill("ill")
+    ill.on_change = lambda service: 1 / len(FORGED[:0])  # a callback of ours that fails
+    with pytest.raises(CommandFailed):
+        await run_line(processor(fails), "fails")
+    tasks = Tasks()
+    tasks.spawn(fails(), "a task")
+    await until(lambda: not tasks.running)
+    async with monitoring(ill):
+        await until(lambda: ill.state == "degraded")
+    lines = [line for record in caplog.records for line in record.getMessage().split("\n")]
+    assert sum("forged" in line for line in lines) >= 4  # it is there, and cannot be mistaken
+    assert all(line.startswith(("  | ", "service ill is")) for line in lines if "forged" in line)
+    assert all(line.isprintable() for line in lines)
+    assert not any(record.exc_info for record in caplog.records)
