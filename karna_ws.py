@@ -441,7 +441,7 @@ class WebSocketManager(ServedHub):
             client.connection.hold(HOLD_CONNECT)
         call = Call(handler, [client, client.auth], {})
         decided = functools.partial(self._decided, client)
-        self.commands.start_call(call, Context(client), decided)
+        self.commands.start_call(call, Context(client, owner=client.connection), decided)
 
     def _decided(
         self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
@@ -531,7 +531,7 @@ class WebSocketManager(ServedHub):
             client.connection.count_leaving(1)
             call = Call(handler, [client, reason], {})
             left = functools.partial(self._left, client)
-            self.commands.start_call(call, Context(client), left)
+            self.commands.start_call(call, Context(client, owner=client.connection), left)
 
     def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
         self.leaving -= 1
