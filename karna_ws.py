@@ -175,7 +175,11 @@ class SocketIoDoor(SocketIoSession):
     def handle_event(
         self, client: SocketIoClient, event: list[Any], ack: int | None, size: int
     ) -> bytes | None:
-        return handle_event(client, event, ack, size)
+        if event[0] != "rpc":
+            return handle_event(client, event, ack, size)
+        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
+        answer = handle_rpc(client, message, ack, size)
+        return None if answer is None else client.wrap(answer, ack)
 
     def left(self, client: SocketIoClient, reason: str) -> None:
         self.manager.leave(client, reason)
@@ -672,11 +676,7 @@ def bind_method(command: Command, params: dict[str, Any]) -> Call:
 def handle_event(
     client: SocketIoClient, event: list[Any], ack: int | None, size: int
 ) -> bytes | None:
-    """Answer one Socket.IO event: the text to send now, if any."""
-    if event[0] == "rpc":
-        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
-        answer = handle_rpc(client, message, ack, size)
-        return None if answer is None else client.wrap(answer, ack)
+    """Answer one Socket.IO event other than `rpc`: the text to send now, if any."""
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
     handler = client.manager.handlers.get(name)
     if handler is not None:
