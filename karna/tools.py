@@ -45,8 +45,7 @@ def describe_tool(name: str, command: Command) -> dict[str, Any]:
     tool: dict[str, Any] = {"name": name}
     if name != command.name:
         tool["title"] = command.name
-    if command.help:
-        tool["description"] = command.help
+    tool["description"] = command.help or f"usage: {command.usage}"
     tool["inputSchema"] = command.input_schema
     return {**tool, "annotations": hints} if hints else tool
 
