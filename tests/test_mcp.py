@@ -492,7 +492,8 @@ async def test_streams_that_nobody_reads_are_bounded_and_dropped() -> None:
             most = max([most, *waiting])
             status, _ = await http(server, "GET", "/health")
             assert status == 200
-        assert most < 64 * 1024, "a command waits until its report is taken"
+        # 64 KiB where asyncio's transports write, less where we do.
+        assert most < 80 * 1024, "a command waits until its report is taken"
         assert manager.metrics.drops["slow"] == 10
         await until(lambda: not manager.connections)
 

@@ -130,15 +130,17 @@ async def test_client_lets_a_person_decide(mode: str) -> None:
         content = {"confirm": True} if agrees else None
         return ElicitResult(action="accept" if agrees else "decline", content=content)
 
-    async with served(manager) as server:
-        async with connect(server, mode, elicitation_callback=decide) as client:
-            result = await client.call_tool("erase", {"what": "this"})
-            if mode == "legacy":
-                assert result.is_error and "confirmed by a person" in result.content[0].text
-                return
-            assert result.content[0].text == "erased this"
-            result = await client.call_tool("erase", {"what": "that"})
-            assert result.is_error and len(asked) == 2
+    async with (
+        served(manager) as server,
+        connect(server, mode, elicitation_callback=decide) as client,
+    ):
+        result = await client.call_tool("erase", {"what": "this"})
+        if mode == "legacy":
+            assert result.is_error and "confirmed by a person" in result.content[0].text
+            return
+        assert result.content[0].text == "erased this"
+        result = await client.call_tool("erase", {"what": "that"})
+        assert result.is_error and len(asked) == 2
 
 
 async def test_client_shows_its_token(mode: str) -> None:
