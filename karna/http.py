@@ -237,7 +237,7 @@ class Exchange(Door):
     def send_event(self, data: bytes) -> None:
         """Send one server-sent event; the first makes the answer a stream of them.
 
-        Never waits: who sends in a loop awaits `connection.drained()`. A peer whose unsent bytes
+        Never waits: who sends in a loop awaits `connection.written()`. A peer whose unsent bytes
         pass their limit is dropped.
         """
         connection = self.connection

@@ -356,13 +356,13 @@ class Mcp:
             return
         request = self.running.get((session, wanted))
         if request is not None and request.client.calls is not None:
-            request.client.calls.cancel(request.id)
+            request.client.calls.cancel(request.client, request.id)
 
     def stop(self) -> None:
         """The server stops: nobody waits for what is detached."""
         for request in tuple(self.detached):
             if request.client.calls is not None:
-                request.client.calls.stop()
+                request.client.calls.stop(request.client)
 
 
 def check_message(message: Any) -> None:
@@ -396,6 +396,7 @@ def initialize(mcp: Mcp, request: McpRequest) -> None:
     result: Any = {"protocolVersion": version, "capabilities": {"tools": {}}}
     result["serverInfo"] = mcp.info
     headers = {"Mcp-Session-Id": os.urandom(16).hex()}
+    headers["Access-Control-Expose-Headers"] = "Mcp-Session-Id"  # to a page of an allowed origin
     request.exchange.answer(200, request.complete(result), headers=headers)
 
 
