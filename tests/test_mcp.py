@@ -12,6 +12,7 @@ import pytest
 
 from karna.consent import Consents
 from karna.mcp import CAPABILITIES_KEY, LEGACY, MAX_DETACHED, MODERN, SUPPORTED, VERSION_KEY
+from karna.mcp import decode_header
 from karna_ws import WebSocketManager
 from support import http, served, until
 from support_mcp import (
@@ -218,6 +219,20 @@ async def test_envelope_that_is_not_whole_or_says_two_things_is_refused(
         assert found["id"] == 7
         if expected[1] == -32022:
             assert found["error"]["data"] == {"supported": SUPPORTED, "requested": "v9"}
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("door", "door"), ("=?base64?ZG9vcg==?=", "door"), ("=?base64??=", ""),
+        ("=?base64?ZG9vch==?=", None), ("=?base64?ZG9vcg=?=", None), ("=?base64?ZG9vcg?=", None),
+        ("=?base64?ZG9v cg==?=", None), ("=?base64?/w==?=", None), ("=?base64?\xe9?=", None),
+        ("=?base64?ZG9vcg==", "=?base64?ZG9vcg=="), ("\xe9", None),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_header_is_decoded_strictly(header: str, value: str | None) -> None:
+    assert decode_header(header) == value
 
 
 async def test_header_beyond_ascii_is_refused_even_where_it_looks_alike() -> None:
@@ -478,22 +493,26 @@ async def lazy_peer(port: int) -> Any:
         writer.transport.abort()
 
 
+def waiting(manager: WebSocketManager) -> list[int]:
+    """How many bytes wait for each connection to take them."""
+    return [each.transport.get_write_buffer_size() for each in manager.connections] or [0]
+
+
 async def test_streams_that_nobody_reads_are_bounded_and_dropped() -> None:
     # Dropped when between two comments, 0.1 s apart, nothing was taken.
     manager, _ = tool_manager()
-    async with served(manager, ping_interval_s=0.1) as server, contextlib.AsyncExitStack() as all_:
+    limits: Any = {"ping_interval_s": 0.1, "max_unsent_bytes": 1 << 30}
+    async with served(manager, **limits) as server, contextlib.AsyncExitStack() as all_:
         peers = [await all_.enter_async_context(lazy_peer(server.port)) for _ in range(10)]
         for peer in peers:
             await peer.send(posted(call("flood", {"size": 1_000}, progressToken=1)))
         await until(lambda: len(manager.commands.tasks.running) == 10)
-        most = 0
+        await until(lambda: all(waiting(manager)))
         while manager.commands.tasks.running:
-            waiting = [each.transport.get_write_buffer_size() for each in manager.connections]
-            most = max([most, *waiting])
+            # 64 KiB where asyncio's transports write, less where we do.
+            assert max(waiting(manager)) < 80 * 1024, "a command waits until its report is taken"
             status, _ = await http(server, "GET", "/health")
             assert status == 200
-        # 64 KiB where asyncio's transports write, less where we do.
-        assert most < 80 * 1024, "a command waits until its report is taken"
         assert manager.metrics.drops["slow"] == 10
         await until(lambda: not manager.connections)
 
