@@ -58,8 +58,8 @@ class CommandHub(Hub):
 class Client:
     """One peer, as commands, handlers and embedding programs see it.
 
-    `id` names it in logs; `door` is "raw", "socket.io" or "http"; `auth` is what a Socket.IO client
-    gave when it connected.
+    `id` names it in logs; `door` is "raw", "socket.io", "http" or "mcp"; `auth` is what a Socket.IO
+    client gave when it connected.
     """
 
     __slots__ = (

@@ -7,15 +7,18 @@ programs, and whoever calls a function of the program with a client's values.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from orjson import dumps, loads
+
 from karna.context import Context
 from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, kind_of
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null
 from karna.words import stems_of
 
 _REQUIRED: Any = inspect.Parameter.empty
@@ -72,6 +75,27 @@ class Parameter:
             shown["option"] = self.label
         return shown
 
+    def schema(self, description: str) -> Schema | None:
+        """As JSON Schema tells it; None where JSON has no such value."""
+        if self.kind.schema is None:
+            return None
+        if self.is_repeated:
+            schema: Schema = {"type": "array", "items": without_null(self.kind.schema)}
+            schema |= {"minItems": 1} if self.is_required else {}
+        else:
+            schema = self.kind.schema | ({"default": self.default} if self._has_default else {})
+        return schema | ({"description": description} if description else {})
+
+    @property
+    def _has_default(self) -> bool:
+        """Is there a default that JSON can hold?"""
+        if self.default is None:
+            return self.kind.nullable
+        try:
+            return bool(loads(dumps(self.default)) == self.default)  # nan becomes null
+        except TypeError:
+            return False
+
     def convert(self, value: Any) -> Any:
         """Convert one word or JSON value; ValueError with a sentence for the caller."""
         try:
@@ -91,6 +115,10 @@ class Command:
     None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
     `params` instead. `inline` marks a plain function that never blocks and may be called at once,
     on the loop, without a task; functions with `yield` are `async def`.
+
+    For assistants: `tool` says whether it is one of their tools (None: a program's commands are,
+    built-in ones are not), `confirm` that a person has to agree to each call, `read_only` and
+    `destructive` what a call does, as a hint.
     Raises TypeError or ValueError, at registration, for what no command line could call.
     """
 
@@ -101,6 +129,10 @@ class Command:
         name: str | None = None,
         aliases: Sequence[str] = (),
         inline: bool = False,
+        tool: bool | None = None,
+        confirm: bool = False,
+        read_only: bool | None = None,
+        destructive: bool | None = None,
     ) -> None:
         if not callable(function):
             raise TypeError(f"a command is made from a function, not from {function!r}")
@@ -115,6 +147,10 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = stems_of(self.help)
         self.inline = inline
+        self.tool = tool
+        self.confirm = confirm
+        self.read_only = read_only
+        self.destructive = destructive
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
@@ -191,6 +227,23 @@ class Command:
         """As `help` lists it."""
         return {"name": self.name, "usage": self.usage, "summary": self.summary,
                 "aliases": list(self.aliases), "arguments": self.arguments}  # fmt: skip
+
+    @functools.cached_property
+    def input_schema(self) -> Schema | None:
+        """What `bind` takes by name, as JSON Schema; None where JSON can't hold what it needs.
+
+        The top is always an object with properties: one tool without makes clients drop all.
+        """
+        described = _describe_parameters(self.help)
+        found = {name: each.schema(described.get(name, "")) for name, each in self._by_name.items()}
+        required = [each.name for each in self._required]
+        if any(found[name] is None for name in required):
+            return None
+        properties = {name: schema for name, schema in found.items() if schema is not None}
+        further = False if self._extra is None else self._extra.kind.schema
+        schema: Schema = {"type": "object", "properties": properties}
+        schema |= {"required": required} if required else {}
+        return schema | {"additionalProperties": True if further == {} else further or False}
 
     def usage_error(self, problem: str) -> UsageError:
         return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
@@ -286,6 +339,14 @@ class Command:
         if self._repeated is not None:
             args += given.pop(self._repeated.name, ())
         return args, given  # what is left are options
+
+
+def _describe_parameters(text: str) -> dict[str, str]:
+    """What a docstring says of each parameter, in lines such as 'city: where to look'."""
+    return {match[1]: match[2] for match in _PARAMETER_LINE.finditer(text)}
+
+
+_PARAMETER_LINE = re.compile(r"^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$", re.MULTILINE)
 
 
 @dataclass(slots=True, eq=False)
