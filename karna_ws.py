@@ -56,13 +56,14 @@ from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_requir
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
+from karna.log import log
 from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
 from karna.text import encodable
-from services import CommandProcessor, LanguageService, VisionService, notification
+from services import CommandProcessor, LanguageService, ModelService, VisionService, notification
 
 if TYPE_CHECKING:
     import argparse
@@ -223,6 +224,7 @@ class WebSocketManager(ServedHub):
 
     def _make_services(self, given: Iterable[Service]) -> dict[str, Service]:
         services = {service.name: service for service in given}
+        self.brought = frozenset(services)  # by the program: flags leave them as they are
         vision = services.pop("vision", None) or VisionService()
         language = services.pop("language", None) or LanguageService()
         for service in (vision, language):
@@ -900,9 +902,18 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     for service in ("vision", "language"):
         if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
             raise ValueError(f"--{service}-model needs --{service}-url")
-    vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
-    language = LanguageService(url=arguments.language_url, model=arguments.language_model)
-    manager = WebSocketManager(services=[vision, language])
+    if arguments.program is None:
+        manager = WebSocketManager()
+    else:
+        from karna.program import load_manager
+
+        manager = load_manager(arguments.program, WebSocketManager)
+    for service in ("vision", "language"):
+        url, model = getattr(arguments, f"{service}_url"), getattr(arguments, f"{service}_model")
+        if url and service in manager.brought:
+            log.warning("--%s-url is not used: the program has its own service", service)
+        elif url:
+            cast(ModelService, manager.services[service]).use_server(url, model=model)
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
         manager.commands.allow_program(name, path or None)
@@ -949,4 +960,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["karna_ws"] = sys.modules["__main__"]  # a program's import is no second copy
     sys.exit(main())

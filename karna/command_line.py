@@ -42,12 +42,16 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="karna_ws.py",
-        usage="karna_ws.py [FLAG ...]",
+        usage="karna_ws.py [FLAG ...] [PROGRAM.py]",
         description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
         epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "
         "lists are separated by commas there.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
+    parser.add_argument(
+        "program", nargs="?", metavar="PROGRAM.py",
+        help="a file of your own that makes `manager = WebSocketManager()`: serve that",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"karna_ws {version}")
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for option in fields(Config):
@@ -125,7 +129,8 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
 
 def warn_of_misspelt(environment: Iterable[str], arguments: Iterable[str]) -> None:
     """A variable that is nearly one of ours does nothing, and its owner should know."""
-    flags = [*map(_flag, fields(Config)), *arguments, "vision-key", "language-key"]
+    given = [name for name in arguments if name != "program"]  # which no variable sets
+    flags = [*map(_flag, fields(Config)), *given, "vision-key", "language-key"]
     known = {_variable(flag) for flag in flags}
     for name in environment:
         if name.startswith("KARNA_") and name not in known:
