@@ -31,6 +31,7 @@ import os
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -40,8 +41,7 @@ from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
-from karna.broadcasts import Missed
-from karna.calls import Client, Request, submit
+from karna.calls import NO_GROUPS, Client, Request, submit
 from karna.command import Call, Command, as_handler
 from karna.config import Config, make_config
 from karna.connection import Connection
@@ -51,7 +51,7 @@ from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_er
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, explain
 from karna.frames import PING_FRAME, frame_binary, frame_text
-from karna.history import replay_bytes
+from karna.history import Entry, replay_bytes, with_group
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
@@ -114,24 +114,28 @@ class RawClient(Client, Door):
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.connection.send_frame(frame_text(envelope))
 
-    def welcome(self, missed: Missed | None) -> None:
+    def welcome(self, missed: Sequence[Entry] | None) -> None:
         """It is in: send what it missed."""
         if missed is not None:
             self.connection.allow(replay_bytes(missed))
-            for offset, envelope in missed:
-                self.send_missed(offset, envelope)
+            for entry in missed:
+                self.send_missed(entry)
         elif self.since is not None:
             self.deliver(HISTORY_GAP, None)
 
-    def send_missed(self, offset: str, envelope: bytes) -> None:
+    def send_missed(self, entry: Entry) -> None:
         """Send one broadcast of a replay."""
-        self.deliver(envelope, None)
+        self.deliver(entry.envelope, None)
+
+    def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
+        question = {"type": "call", "data": {"event": event, "args": args}, "call": number}
+        self.deliver(encode_json(question), None)
 
     def refuse(self, message: str) -> None:
         """It may not come in."""
         self.connection.close(CloseCode.POLICY_VIOLATION, message)
 
-    def leave(self) -> None:
+    def end(self) -> None:
         self.manager.leave(self, "transport close")
 
 
@@ -177,9 +181,9 @@ class SocketIoDoor(SocketIoSession):
     def left(self, client: SocketIoClient, reason: str) -> None:
         self.manager.leave(client, reason)
 
-    def leave(self) -> None:
+    def end(self) -> None:
         self.manager.sessions.discard(self)
-        super().leave()
+        super().end()
 
 
 # --- manager -----------------------------------------------------------------------------------
@@ -218,6 +222,7 @@ class WebSocketManager(ServedHub):
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
+        self._parted: OrderedDict[Any, Any] = OrderedDict()  # state and groups of who may recover
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self._route = functools.partial(route, self)
         self.configure(Config())
@@ -319,8 +324,8 @@ class WebSocketManager(ServedHub):
 
     # Broadcast.
 
-    def broadcast(self, type: str, data: Any) -> int:
-        """Send an envelope to every client; how many of this process will get it.
+    def broadcast(self, type: str, data: Any, *, to: str | None = None) -> int:
+        """Send an envelope to every client, or to a group; how many of this process will get it.
 
         Never waits for a client; may be called from any thread. With a backplane it goes to the
         clients of every process, once Redis has taken it. Raises TypeError for data that JSON
@@ -328,27 +333,27 @@ class WebSocketManager(ServedHub):
         """
         body = self._encode_broadcast(type, data)
         if self.loop is None or threading.get_ident() == self.thread:
-            self._accept_broadcast(body)
+            self._accept_broadcast(body, to)
         else:  # a plain `def` command: it hears of a refusal, too
-            accepting = self._accept_from_thread(body)
+            accepting = self._accept_from_thread(body, to)
             asyncio.run_coroutine_threadsafe(accepting, self.loop).result()
-        return self.count_clients()
+        return self.count_of(to)
 
-    async def _accept_from_thread(self, body: bytes) -> None:
-        self._accept_broadcast(body)
+    async def _accept_from_thread(self, body: bytes, to: str | None) -> None:
+        self._accept_broadcast(body, to)
 
-    def _accept_broadcast(self, body: bytes) -> None:
+    def _accept_broadcast(self, body: bytes, to: str | None) -> None:
         if self.backplane is not None:
-            self.backplane.enqueue(body)
+            self.backplane.enqueue(with_group(body, to))
         else:
-            self.receive_broadcast(self.next_offset(), body)
+            self.receive_broadcast(self.next_offset(), body, to)
 
-    async def publish(self, type: str, data: Any) -> int:
+    async def publish(self, type: str, data: Any, *, to: str | None = None) -> int:
         """`broadcast`, and wait until the backplane has accepted it."""
         if self.backplane is None:
-            return self.broadcast(type, data)
-        await self.backplane.publish(self._encode_broadcast(type, data))
-        return self.count_clients()
+            return self.broadcast(type, data, to=to)
+        await self.backplane.publish(with_group(self._encode_broadcast(type, data), to))
+        return self.count_of(to)
 
     def _encode_broadcast(self, type: str, data: Any) -> bytes:
         body = encode_json({"type": type, "data": data})
@@ -357,9 +362,9 @@ class WebSocketManager(ServedHub):
             raise ValueError(f"a broadcast must have {self.max_entry_bytes} bytes at most")
         return body
 
-    def notify(self, message: str, level: str = "info") -> int:
+    def notify(self, message: str, level: str = "info", *, to: str | None = None) -> int:
         """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
-        return self.broadcast("notification", notification(message, level))
+        return self.broadcast("notification", notification(message, level), to=to)
 
     # Status.
 
@@ -414,7 +419,23 @@ class WebSocketManager(ServedHub):
         """Has another process sent this to a client, while it is still on its way to this one?"""
         return self.backplane is not None and offset is not None and self.backplane.is_ahead(offset)
 
+    def _keep_state(self, client: Client) -> None:
+        """For a client that may recover: what a program knows of it, and its groups."""
+        if client._state or client.groups:
+            self._parted[client.namespace, client.id] = client._state, client.groups
+            while len(self._parted) > self.config.max_clients:
+                self._parted.popitem(last=False)
+
+    def _restore_state(self, client: Client) -> None:
+        before = self._members(client).get(client.id)  # a connection not known to be dead yet
+        parted = (None, NO_GROUPS) if before is None else (before._state, before.groups)
+        client._state, groups = self._parted.pop((client.namespace, client.id), parted)
+        for group in groups:
+            client.join(group)
+
     def _ask(self, client: RawClient | SocketIoClient) -> None:
+        if client.since is not None and client.door == "socket.io":
+            self._restore_state(client)
         handler = self.handlers.get("connect")
         if handler is None or not client.is_present:
             return self._decided(client, None, None)
@@ -422,7 +443,7 @@ class WebSocketManager(ServedHub):
             client.connection.hold(HOLD_CONNECT)
         call = Call(handler, [client, client.auth], {})
         decided = functools.partial(self._decided, client)
-        self.commands.start_call(call, Context(client), decided)
+        self.commands.start_call(call, Context(client, owner=client.connection), decided)
 
     def _decided(
         self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
@@ -433,38 +454,58 @@ class WebSocketManager(ServedHub):
         if error is not None:
             return client.refuse(encodable(explain(error)))
         self.flush_broadcasts()  # to the others: this one gets them from the history
-        missed = None if client.since is None else self._missed(client.since)
+        since, missed = client.since, None
+        if since is not None and not self._is_ahead(since):
+            missed = self.history.since(since)
         if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
             self.spawn(self._replay(client, missed), f"replay for {client.id}")
         else:
             self._enter(client, missed)
 
-    async def _replay(self, client: RawClient | SocketIoClient, missed: Missed) -> None:
-        """Send a long replay as its client reads it; it is live when it has caught up."""
-        left: Missed | None = missed
+    async def _replay(self, client: RawClient | SocketIoClient, missed: list[Entry]) -> None:
+        """Send a long replay as its client reads it; it is live when it has caught up.
+
+        Until then it is not read: an answer would tell an offset that it has not come to.
+        """
+        client.connection.hold(HOLD_CONNECT)
+        longest_s = self.config.raw_ping_interval_s + self.config.ping_timeout_s
+        left: list[Entry] | None = missed
         while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
-            for offset, envelope in left:
-                client.send_missed(offset, envelope)
-                await client.connection.written()
-                if not client.is_present:
+            for entry in self.missed_by(client, left):
+                client.send_missed(entry)
+                if not await client.connection.written_within(longest_s):
                     return
             self.flush_broadcasts()
-            left = self.history.since(left[-1][0])
+            left = self.history.since(left[-1].offset)
         self._enter(client, left)
 
-    def _enter(self, client: RawClient | SocketIoClient, missed: Missed | None) -> None:
+    def _enter(self, client: RawClient | SocketIoClient, missed: list[Entry] | None) -> None:
         """It is live from now on."""
+        client.connection.release(HOLD_CONNECT)
         self._add(client)
-        client.welcome(missed)
+        client.welcome(None if missed is None else self.missed_by(client, missed))
         if missed is not None and self.backplane is not None:
             # Status is not in the shared history: a client that returns gets it.
             client.deliver(self.encode_status_answer() + b"}", None)
 
-    def _missed(self, offset: str) -> Missed | None:
-        return None if self._is_ahead(offset) else self.history.since(offset)
+    def replay_group(self, client: Client, group: str, since: str) -> None:
+        """Send what was broadcast to one group after an offset."""
+        entries = self.history.since(since)
+        if entries is None:
+            return client.deliver(HISTORY_GAP, None)
+        entries = [each for each in entries if each.group == group]
+        client.connection.allow(replay_bytes(entries))
+        for entry in entries:
+            client.send_missed(entry)
+
+    def is_in(self, client: Client) -> bool:
+        """Was it let in, and has not left?"""
+        return self._members(client).get(client.id) is client
 
     def _members(self, client: Client) -> dict[str, Any]:
-        return self.raw if client.door == "raw" else self.sockets[client.namespace]
+        if client.door == "socket.io":
+            return self.sockets[client.namespace]
+        return self.raw if client.door == "raw" else {}
 
     def _add(self, client: RawClient | SocketIoClient) -> None:
         members = self._members(client)
@@ -480,17 +521,19 @@ class WebSocketManager(ServedHub):
     def leave(self, client: Client, reason: str) -> None:
         """A client is gone; its disconnect handler runs if it was let in at all."""
         client.cancel_calls()
-        members = self._members(client)
-        if members.get(client.id) is not client:
+        if reason == "transport close" and client.door == "socket.io":
+            self._keep_state(client)
+        self.leave_groups(client, client.groups)
+        if not self.is_in(client):
             return
-        del members[client.id]
+        del self._members(client)[client.id]
         handler = self.handlers.get("disconnect")
         if handler is not None:
             self.leaving += 1
             client.connection.count_leaving(1)
             call = Call(handler, [client, reason], {})
             left = functools.partial(self._left, client)
-            self.commands.start_call(call, Context(client), left)
+            self.commands.start_call(call, Context(client, owner=client.connection), left)
 
     def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
         self.leaving -= 1
@@ -583,10 +626,21 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     return request.encode("command_response", {"cancelled": wanted})
 
 
+def answer(request: Request, params: dict[str, Any]) -> bytes | None:
+    """RPC method: the client answers a question of ours, by its number."""
+    number = params.get("call")
+    if not request.client.questions.answer(number, params.get("data"), params.get("error")):
+        raise InvalidParams(f"no question {number!r} waits for an answer")
+    return request.encode("command_response", {"answered": number})
+
+
 BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
     "get_status": get_status, "execute_command": execute_command, "cancel": cancel,
+    "answer": answer,
 }  # fmt: skip
-_BUILT_IN_PARAMETERS = {"get_status": [], "execute_command": ["command"], "cancel": ["id"]}
+_BUILT_IN_PARAMETERS = {
+    "get_status": [], "execute_command": ["command"], "cancel": ["id"], "answer": ["call", "data"],
+}  # fmt: skip
 
 
 def parameters_of(manager: WebSocketManager, method: str) -> Sequence[str] | None:

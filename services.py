@@ -35,7 +35,7 @@ from karna.errors import (
 )
 from karna.service import Service
 from karna.text import one_line, utc_now
-from karna.words import rank, split_words
+from karna.words import SHORT_LINE_CHARS, Ranking, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Broadcaster(Protocol):
         """Every client, with `id`, `door` and `namespace`."""
 
 
+MAX_NAME_CHARS = 40  # of an unknown name that are compared and shown
 MAX_PREPARED, MAX_PREPARED_CHARS = 500, 200  # command lines kept as they were understood
 
 
@@ -74,7 +75,8 @@ class CommandProcessor(Service):
     """A registry of commands, and what runs them.
 
     Plain `def` runs in a bounded pool of threads, `async def` on the loop; of an async generator
-    each value is reported as progress and the last one is the result.
+    each value is reported as progress and the last one is the result. Handlers of events have as
+    many threads of their own: who comes in never waits for commands.
     """
 
     def __init__(
@@ -85,9 +87,11 @@ class CommandProcessor(Service):
         self.timeout_s = timeout_s
         self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
+        self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
+        self._ranking: Ranking[Command] | None = None  # made when it is asked
         self._notify: Command | None = None  # ours, which waits where a backplane does
         if builtins:
             add_builtins(self)
@@ -118,6 +122,7 @@ class CommandProcessor(Service):
             self.commands[name] = command
             self._replaceable.discard(name)
         self.prepared.clear()
+        self._ranking = None
         self.touch()
 
     def offer(self, command: Command) -> None:
@@ -149,7 +154,8 @@ class CommandProcessor(Service):
             call = self.prepared.get(line)
             if call is not None:
                 return call
-        if line.isprintable() and "\\" not in line and '"' not in line and "'" not in line:
+        is_short = len(line) < SHORT_LINE_CHARS
+        if is_short and line.isprintable() and not ("\\" in line or '"' in line or "'" in line):
             words = line.split()
         else:
             words = split_words(line)
@@ -169,13 +175,20 @@ class CommandProcessor(Service):
 
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
-        near = self.suggest(name)
+        near = self.suggest(name[:MAX_NAME_CHARS])
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `help` lists the commands"
-        return UnknownCommand(f"no command {one_line(name, 40)!r}{hint}", suggestions=near)
+        shown = one_line(name, MAX_NAME_CHARS)
+        return UnknownCommand(f"no command {shown!r}{hint}", suggestions=near)
 
     def suggest(self, text: str, limit: int = 3) -> list[str]:
         """Names of commands near to a text, best first."""
-        return [command.name for _, command in rank(text, self.distinct())[:limit]]
+        return [command.name for _, command in self.rank(text, limit)]
+
+    def rank(self, text: str, limit: int) -> list[tuple[float, Command]]:
+        """Commands near to a text with their scores, best first."""
+        if self._ranking is None:
+            self._ranking = Ranking(self.distinct())
+        return self._ranking.rank(text, limit)
 
     def distinct(self) -> list[Command]:
         """Each command once, by name."""
@@ -248,17 +261,23 @@ class CommandProcessor(Service):
         if command.runs == "stream":
             return await _last_value(command.function(*call.args, **call.kwargs), context)
         function = functools.partial(command.function, *call.args, **call.kwargs)
-        value = await self._threads.call(function) if command.runs == "thread" else function()
+        if command.runs == "thread":
+            threads = self._handler_threads if command.is_handler else self._threads
+            value = await threads.call(function, context.owner)
+        else:
+            value = function()
         return await value if inspect.isawaitable(value) else value
 
     async def start(self) -> None:
         self._threads.open()
+        self._handler_threads.open()
         self.set_state("running", f"{len(self.distinct())} commands")
 
     async def stop(self) -> None:
         """End running commands and their programs; threads that go on are abandoned."""
         self.set_state("stopped")
         self._threads.close()
+        self._handler_threads.close()
         await self.tasks.end_all()
 
     def get_status(self) -> dict[str, Any]:
@@ -279,7 +298,6 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
     async with contextlib.aclosing(values) as stream:  # type: ignore[type-var]
         async for value in stream:
             await context.progress(value)
-            await asyncio.sleep(0)  # one that never waits must not stall the other clients
     return value
 
 
@@ -418,10 +436,10 @@ class LanguageService(ModelService):
 
     def interpret(self, text: str) -> dict[str, Any]:
         """{"text", "matches": [{"command", "usage", "score"}]}, at most five, the best first."""
-        commands = [] if self._commands is None else self._commands.distinct()
+        ranked = [] if self._commands is None else self._commands.rank(text, MAX_MATCHES)
         matches = [
             {"command": command.name, "usage": command.usage, "score": score}
-            for score, command in rank(text, commands)[:MAX_MATCHES]
+            for score, command in ranked
         ]
         return {"text": text, "matches": matches}
 

@@ -25,10 +25,13 @@ from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
 from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain
+from karna.history import Entry
 from karna.hub import Hub
+from karna.questions import Questions
 from karna.text import encodable
 from karna.work import Job
 
+NO_GROUPS: frozenset[str] = frozenset()
 MAX_WAITING = 256  # requests of one client that wait for a running command to end...
 MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
 UNENCODABLE = "the result can't be encoded as JSON"
@@ -59,7 +62,10 @@ class Client:
     gave when it connected.
     """
 
-    __slots__ = ("__weakref__", "auth", "calls", "connection", "id", "manager")
+    __slots__ = (
+        "__weakref__", "_questions", "_state", "auth", "calls", "connection", "groups", "id",
+        "manager",
+    )  # fmt: skip
     door: ClassVar[str] = ""
     namespace = "/"
 
@@ -68,7 +74,32 @@ class Client:
         self.manager = manager
         self.id = id
         self.auth: dict[str, Any] = {}
+        self.groups: frozenset[str] = NO_GROUPS  # that it has joined
+        self._state: dict[str, Any] | None = None
+        self._questions: Questions | None = None  # made with the first
         self.calls: Calls | None = None  # its connection's, while it has something running there
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a program keeps of this client. It survives a Socket.IO recovery in this process."""
+        if self._state is None:
+            self._state = {}
+        return self._state
+
+    def join(self, group: str, *, since: str | None = None) -> None:
+        """From now on the client gets what is broadcast to this group.
+
+        A group joined in a connect handler is replayed with the rest to a client that comes back.
+        since: the offset from which a group that is joined later is replayed now; where that is
+        no longer kept, the client gets an `error` with code `history_gap`.
+        """
+        self.manager.join_group(self, group)
+        if since is not None:
+            self.manager.replay_group(self, group, since)
+
+    def leave(self, group: str) -> None:
+        """From now on the client gets nothing more that is broadcast to this group."""
+        self.manager.leave_groups(self, (group,))
 
     @property
     def is_present(self) -> bool:
@@ -96,6 +127,35 @@ class Client:
         """
         await self.send(event, args[0] if len(args) == 1 else list(args))
 
+    async def call(self, event: str, *args: Any, timeout_s: float = 10.0) -> Any:
+        """Ask the client, and wait for what it answers; once its connect handler has let it in.
+
+        Raises ConnectionError when it leaves or can't be asked, CommandFailed when it answers an
+        error, TimeoutError after `timeout_s`, TypeError for arguments that can't be encoded.
+        On the raw door it gets {"type": "call", "data": {"event", "args"}, "call": ID} and sends
+        {"method": "answer", "params": {"call": ID, "data": ...}}, or "error" with a text in place
+        of "data"; on the Socket.IO door it is an event with an ack.
+        """
+        if not self.manager.is_in(self):  # no client of the HTTP door ever is
+            text = f"client {self.id} ({self.door}) can't be asked: it is not in, or has left"
+            raise ConnectionError(text)
+        return await self.questions.ask(self, event, args, timeout_s)
+
+    @property
+    def questions(self) -> Questions:
+        """What it was asked and has not answered."""
+        if self._questions is None:
+            self._questions = Questions()
+        return self._questions
+
+    def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
+        """Send a question in the door's own form."""
+        raise NotImplementedError
+
+    def send_missed(self, entry: Entry) -> None:
+        """Send one broadcast of a replay."""
+        raise NotImplementedError
+
     async def disconnect(self, reason: str = "") -> None:
         """Close this client's connection."""
         self.connection.close(CloseCode.NORMAL_CLOSURE, reason)
@@ -110,6 +170,8 @@ class Client:
 
     def cancel_calls(self) -> None:
         """The client is gone: cancel its running commands, forget its waiting ones."""
+        if self._questions is not None:
+            self._questions.abandon()
         if self.calls is not None:
             self.calls.abandon(self)
 

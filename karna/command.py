@@ -15,11 +15,12 @@ from typing import Any, get_args
 
 from karna.context import Context
 from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, Kind, kind_of
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, kind_of
 from karna.words import stems_of
 
 _REQUIRED: Any = inspect.Parameter.empty
 Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of a function
+MAX_PARAMS = 1_000  # that a call gives by name, two microseconds each where **kwargs takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Parameter:
             return self.kind.convert(value)
         except ValueError as problem:
             shown = repr(value[:40]) if isinstance(value, str) else type(value).__name__
+            if isinstance(value, list):
+                shown = f"a list of {len(value)}"
             raise ValueError(f"{self.label} {problem}, not {shown}") from None
 
 
@@ -112,6 +115,7 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = stems_of(self.help)
         self.inline = inline
+        self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
         self.arguments = [each.describe() for each in self._by_name.values()]
@@ -248,6 +252,8 @@ class Command:
             given[self._repeated.name] = [self._repeated.convert(word) for word in further]
 
     def _bind_params(self, params: Mapping[str, Any], given: dict[str, Any]) -> None:
+        if len(params) > MAX_PARAMS:
+            raise ValueError(f"too many parameters: at most {MAX_PARAMS}")
         for name, value in params.items():
             parameter = self._by_name.get(name)
             if parameter is None:
@@ -267,6 +273,8 @@ class Command:
             given[parameter.name] = parameter.convert(value)
         elif value != []:
             values = value if isinstance(value, list) else [value]
+            if len(values) > MAX_ITEMS:
+                raise ValueError(f"{parameter.label} must have at most {MAX_ITEMS} items")
             given[parameter.name] = [parameter.convert(each) for each in values]
 
     def _arrange(self, given: dict[str, Any]) -> Bound:
@@ -299,4 +307,6 @@ def as_handler(function: Callable[..., Any], inline: bool) -> Command:
         return function(*args)
 
     is_async = inspect.iscoroutinefunction(function)
-    return Command(call_async if is_async else call, name="handler", inline=inline)
+    command = Command(call_async if is_async else call, name="handler", inline=inline)
+    command.is_handler = True
+    return command

@@ -294,7 +294,7 @@ class Exchange(Door):
         """What arrived behind the request: of a WebSocket, its first frames."""
         return self._rest
 
-    def leave(self) -> None:
+    def end(self) -> None:
         if self.client is not None:
             self.client.cancel_calls()
 

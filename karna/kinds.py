@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+MAX_ITEMS = 10_000  # of a list of converted items, up to 2 microseconds each; `list` has no bound
 MAX_NUMBER_DIGITS = 100  # int() takes quadratic time, and refuses more than 4,300 digits
 
 
@@ -91,13 +92,22 @@ def kind_of(annotation: Any) -> Kind:
     if origin in (Union, types.UnionType):
         return _kind_of_union(inner)
     if origin is list:
-        item, as_list = kind_of(inner[0]), KINDS[list].convert
-        return Kind(f"list[{item.name}]", lambda value: list(map(item.convert, as_list(value))))
+        item = kind_of(inner[0])
+        return Kind(f"list[{item.name}]", lambda value: _convert_items(item, value))
     try:
         return KINDS[origin or annotation]
     except (KeyError, TypeError):
         raise TypeError(f"{annotation!r} is no type of an argument: use str, int, float, bool, "
                         "bytes, list, dict, Literal, Optional or Any") from None  # fmt: skip
+
+
+def _convert_items(item: Kind, value: Any) -> list[Any]:
+    """Convert each item of a list from JSON."""
+    items = KINDS[list].convert(value)
+    inner = sum(len(each) for each in items[:MAX_ITEMS] if type(each) is list)
+    if len(items) + inner > MAX_ITEMS:
+        raise ValueError(f"must have at most {MAX_ITEMS} items")
+    return list(map(item.convert, items))
 
 
 def _kind_of_literal(values: tuple[Any, ...]) -> Kind:

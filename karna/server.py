@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN_CLOSE_S = 2.0  # a peer that ignores our close must not hold up a restart
 CANCEL_S = 5.0  # for cancelled commands to clean up; work.CANCEL_WAIT_S is inside
-BACKPLANE_S = 2.0  # to load history from Redis before the first client is let in
+BACKPLANE_S = 1.0  # to load history from Redis before the first client is let in
 # Is this code run by the loading of a program's file? Serving would begin before that is over.
 is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 
@@ -97,7 +97,7 @@ class Server:
             if manager.backplane is not None:
                 # Clients that come back at once would else find no history, as without Redis.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(manager.backplane.is_loaded.wait(), BACKPLANE_S)
+                    await asyncio.wait_for(manager.backplane.has_tried.wait(), BACKPLANE_S)
             await self.listener.start_accepting()
         except BaseException:  # cancelled: nobody has this server yet to close it
             await self.close()

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from karna.config import Config
-from karna.connection import Connection, peer_address
+from karna.connection import Connection
 from karna.door import NEVER
 from karna.errors import StartError
 from karna.hub import Hub
+from karna.sender import peer_address
 
 MAX_EARLY_BYTES = 64 * 1024  # that arrive with the handshake's last packet; asyncio reads no more
 

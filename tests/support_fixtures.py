@@ -25,7 +25,7 @@ if os.environ.get("KARNA_TEST_WITHOUT_EPOLL"):
     del select.epoll  # asyncio has taken its own already
 
 pytest.register_assert_rewrite(
-    "support", "support_clients", "support_commands", "support_peers", "support_process",
+    "support", "support_clients", "support_commands", "support_link", "support_peers", "support_process",
     "support_redis",
 )  # fmt: skip
 

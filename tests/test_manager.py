@@ -450,11 +450,11 @@ async def test_emitted_string_never_takes_the_place_of_the_offset() -> None:
         await client.emit("number", 5)
 
     async with served(manager) as server, Sio.open(server, join="/") as client:
-        last = manager.history.last
-        assert await client.packet("42") == ["welcome", "Ada", last]
+        # An ack id that nobody waits for makes a function the last argument there.
+        assert await client.packet("421") == ["welcome", "Ada"]
         await client.send('42["greet"]')
-        assert await client.packet("42") == ["greeting", "Hello", last]
-        assert (await client.packet("42"))[0] == "bare"
+        assert await client.packet("422") == ["greeting", "Hello"]
+        assert await client.packet("423") == ["bare"]
         assert await client.packet("42") == ["number", 5]
 
 
@@ -561,7 +561,7 @@ async def test_short_replay_is_no_sign_of_a_slow_client(door: str) -> None:
         manager.admit = admit_with_a_small_buffer  # type: ignore[method-assign]
         async with returning(server, door, start) as peer:
             [connection] = manager.connections
-            await until(lambda: not connection.is_writable)
+            await until(connection.transport.get_write_buffer_size)
             manager.broadcast("n", [40, "x"])
             manager.flush_broadcasts()
             peer.writer.transport.resume_reading()
