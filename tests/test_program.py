@@ -172,8 +172,11 @@ def test_file_is_its_own_module_for_who_imports_it(folder: Path) -> None:
     assert sys.modules["helper"].seen == 5 and sys.modules["lights"].manager is manager  # type: ignore[attr-defined]
 
 
-def test_change_within_a_second_is_no_old_one_from_a_cache(folder: Path) -> None:
+def test_change_within_a_second_is_no_old_one_from_a_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled files are told apart by seconds and size alone."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     text = "from karna_ws import WebSocketManager\nclass M(WebSocketManager): number = {}\nmanager = M()"
     for number in range(3):
         manager: Any = load_manager(written(folder, text.format(number)), WebSocketManager)
