@@ -64,13 +64,14 @@ class Connection(Sender):
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
         "_need", "_parts", "_parts_are_text", "_tail", "calls", "deadline", "door", "heard",
-        "leaving", "next_ping", "pinged_at", "reader", "waiting", "waiting_bytes",
+        "leaving", "next_ping", "pinged_at", "protocol", "reader", "waiting", "waiting_bytes",
     )  # fmt: skip
 
     def __init__(
         self, hub: Hub, protocol: ServerProtocol, server: WebSocketServer, **options: Any
     ) -> None:
-        super().__init__(hub, protocol)
+        super().__init__(hub)
+        self.protocol = protocol
         self.deadline = self.loop.time() + hub.config.open_timeout_s
         self.heard = True
         self.reader: EpollReader | None = None  # who reads it in place of the transport

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import CloseCode
-from websockets.server import ServerProtocol
 
 from karna.door import HOLD_WRITES, Phase
 from karna.hub import Hub
@@ -37,14 +36,13 @@ class Sender(ServerConnection):
 
     __slots__ = (
         "_drained", "_holds", "_queue", "allowance", "fd", "forwarded_for", "hub", "is_queueing",
-        "loop", "name", "phase", "protocol", "transport",
+        "loop", "name", "phase", "transport",
     )  # fmt: skip
     transport: asyncio.Transport
 
-    def __init__(self, hub: Hub, protocol: ServerProtocol) -> None:
+    def __init__(self, hub: Hub) -> None:
         # Not super(): it makes futures, queues and loggers for the machinery we go around, 2 KiB
         # and 10 microseconds a client.
-        self.protocol = protocol
         self.loop = asyncio.get_running_loop()
         self.hub = hub
         self.name = f"c{next(hub.names)}"  # in logs
