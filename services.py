@@ -33,6 +33,7 @@ from karna.errors import (
     UnknownCommand,
     UsageError,
 )
+from karna.log import log
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
@@ -289,7 +290,10 @@ class CommandProcessor(Service):
         """Make a program of this machine a command; ValueError when there is no such program."""
         from karna.programs import program_command  # few allow any
 
-        self.add(program_command(name, path))
+        command = program_command(name, path)
+        if command.name in self._replaceable:
+            log.warning("the program %s takes the place of the built-in command", command.name)
+        self.add(command)
 
 
 async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
