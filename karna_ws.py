@@ -213,6 +213,8 @@ class WebSocketManager(ServedHub):
         asyncio.run(serve(manager, port=8000))
     """
 
+    commands: CommandProcessor
+
     def __init__(
         self, commands: CommandProcessor | None = None, services: Iterable[Service] = ()
     ) -> None:

@@ -139,7 +139,7 @@ def _kind_of_enum(members: type[Enum]) -> Kind:
     by_value = {(type(each.value), each.value): each for each in members if _is_plain(each.value)}
     words = {str(value): member for (_, value), member in by_value.items()}
     words = {**members.__members__, **words}
-    choices = tuple(map(word_of, members))
+    choices = tuple(dict.fromkeys(map(word_of, members)))
 
     def convert(value: Any) -> Any:
         found = words.get(value) if isinstance(value, str) else None

@@ -48,7 +48,7 @@ SERVER_FILE = ROOT / "karna_ws.py"
 
 
 MODULES = {
-    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "prometheus_client",
+    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mypy", "prometheus_client",
     "redis", "socketio", "uvloop",
 }  # fmt: skip
 
