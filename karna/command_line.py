@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from karna.config import Config, flag_name
+from karna.config import Config
 from karna.errors import StartError
 from karna.listen import is_loopback
 from karna.log import log
@@ -117,7 +117,8 @@ def _add_flag(group: Any, option: Any) -> None:
 
 
 def _flag(option: Any) -> str:
-    return f"--{flag_name(option)}"
+    name: str = option.metadata["flag"] or option.name.removesuffix("_s").replace("_", "-")
+    return f"--{name}"
 
 
 def _variable(flag: str) -> str:

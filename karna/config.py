@@ -10,8 +10,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 from karna.packets import MAX_NAMESPACE_BYTES
@@ -208,18 +208,10 @@ def make_config(options: Mapping[str, Any]) -> Config:
     return Config(**values)
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    """Which option is meant: one whose flag has that name, or whose name is near."""
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """Which option is meant: flags have names that are near enough, too."""
     from difflib import get_close_matches  # with the first mistake
 
-    word = name.lower().replace("-", "_").strip("_")
-    by_flag = {flag_name(option).replace("-", "_"): option.name for option in fields(Config)}
-    names = {**{each: each for each in known}, **by_flag}
-    near = get_close_matches(word.removeprefix("no_"), names, 1, 0.7)
-    return f"; did you mean {names[near[0]]}?" if near else f"; there are {', '.join(known)}"
-
-
-def flag_name(option: Field[Any]) -> str:
-    """An option as the command line calls it, without dashes before it."""
-    name: str = option.metadata["flag"] or option.name.removesuffix("_s").replace("_", "-")
-    return name
+    word = name.lower().replace("-", "_").strip("_").removeprefix("no_")
+    near = get_close_matches(word, known, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
