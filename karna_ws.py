@@ -25,6 +25,8 @@ described in README.md.
 
 from __future__ import annotations
 
+import karna.needs  # noqa: F401  (first: it says what has to be installed)
+
 import asyncio
 import functools
 import gc
@@ -36,34 +38,36 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast, overload
 
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
 from karna.calls import NO_GROUPS, Client, Request, submit
-from karna.command import Call, Command, as_handler
-from karna.config import Config, make_config
+from karna.command import Call, Command, as_handler, decorator
+from karna.config import Config, Options, make_config
 from karna.connection import Connection
 from karna.door import HOLD_CONNECT, NEVER, Door
 from karna.context import Context
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
-from karna.errors import Unavailable, UsageError, explain
+from karna.errors import Unavailable, UsageError, explain, name_stray
 from karna.frames import PING_FRAME, frame_binary, frame_text
 from karna.history import Entry, replay_bytes, with_group
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
+from karna.log import log
 from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
 from karna.text import encodable
-from services import CommandProcessor, LanguageService, VisionService, notification
+from services import CommandProcessor, Function, LanguageService, ModelService, VisionService
+from services import notification
 
 if TYPE_CHECKING:
     import argparse
@@ -215,6 +219,8 @@ class WebSocketManager(ServedHub):
         asyncio.run(serve(manager, port=8000))
     """
 
+    commands: CommandProcessor
+
     def __init__(
         self, commands: CommandProcessor | None = None, services: Iterable[Service] = ()
     ) -> None:
@@ -235,6 +241,7 @@ class WebSocketManager(ServedHub):
 
     def _make_services(self, given: Iterable[Service]) -> dict[str, Service]:
         services = {service.name: service for service in given}
+        self.brought = frozenset(services)  # by the program: flags leave them as they are
         vision = services.pop("vision", None) or VisionService()
         language = services.pop("language", None) or LanguageService()
         for service in (vision, language):
@@ -287,37 +294,53 @@ class WebSocketManager(ServedHub):
 
     # What an embedding program registers.
 
-    def method(self, name: str, *, inline: bool = False) -> Callable[[Any], Any]:
-        """Decorator: clients may call the function as RPC method `name`.
+    @overload
+    def method(self, name: Function, /) -> Function: ...
+
+    @overload
+    def method(
+        self, name: str | None = None, *, inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def method(self, name: Any = None, *, inline: bool = False) -> Any:
+        """Decorator: clients may call the function as RPC method `name`, or by its own name.
 
         `params` reach its parameters by name and type; one annotated Context gets the call's
         Context. What it returns is the answer's `data`. `async def` runs on the loop, plain `def`
         in a thread, with `inline=True` at once on the loop (it must never block).
         """
 
-        def register(function: Any) -> Any:
+        def register(name: str, function: Any) -> None:
             if name in BUILT_IN_METHODS or name in self.methods:
                 raise ValueError(f"method {name!r} exists already")
             self.methods[name] = Command(function, name=name, inline=inline)
-            return function
 
-        return register
+        return decorator(register, name)
 
-    def on(self, event: str, *, inline: bool = False) -> Callable[[Any], Any]:
+    @overload
+    def on(self, event: Function, /) -> Function: ...
+
+    @overload
+    def on(
+        self, event: str | None = None, *, inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def on(self, event: Any = None, *, inline: bool = False) -> Any:
         """Decorator: handle `event` of Socket.IO clients, or any client's coming and going.
 
         connect      handler(client, auth); raising refuses the client with the error's message
         disconnect   handler(client, reason)
         any event    handler(client, *args); what it returns is the ack, a tuple several values
+
+        Without a name it is the event that the function is named after.
         """
 
-        def register(function: Any) -> Any:
+        def register(event: str, function: Any) -> None:
             if event == "rpc" or event in self.handlers:
                 raise ValueError(f"event {event!r} has a handler already")
-            self.handlers[event] = as_handler(function, inline)
-            return function
+            self.handlers[event] = as_handler(function, inline, event)
 
-        return register
+        return decorator(register, event)
 
     def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str | bytes | None:
         """Answer one message of the raw door: text for str, binary for bytes, nothing for None.
@@ -597,6 +620,9 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
         if handler is not None:
             return handler(request, params)
         return call_method(request, method, params)
+    except InvalidParams as error:
+        names = parameters_of(request.client.manager, message["method"])
+        return request.refuse(name_stray(error, message, names))
     except FAULTS as exc:
         return request.refuse(exc)
 
@@ -626,7 +652,7 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     """RPC method: cancel this client's running or waiting request of id `id`."""
     wanted = params.get("id")
     if not isinstance(wanted, int | str) or isinstance(wanted, bool):
-        raise InvalidParams('"id" must be the id of a running command')
+        raise InvalidParams('"id" in "params" must be the id of a running command')
     calls = request.client.calls
     if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
@@ -931,7 +957,9 @@ LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore the
 
 
 @asynccontextmanager
-async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Server]:
+async def serving(
+    manager: WebSocketManager, **options: Unpack[Options]
+) -> AsyncIterator[Server]:
     """Serve while the block runs: `async with serving(manager, port=0) as server`.
 
     Options are those of Config. Raises StartError when the server can't start, ValueError or
@@ -945,7 +973,7 @@ async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Se
         await server.close()
 
 
-async def serve(manager: WebSocketManager, **options: Any) -> None:
+async def serve(manager: WebSocketManager, **options: Unpack[Options]) -> None:
     """Serve until SIGTERM, SIGINT or cancellation, then stop gracefully.
 
     Options and errors are those of `serving`. A second signal ends the process at once.
@@ -970,9 +998,18 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     for service in ("vision", "language"):
         if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
             raise ValueError(f"--{service}-model needs --{service}-url")
-    vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
-    language = LanguageService(url=arguments.language_url, model=arguments.language_model)
-    manager = WebSocketManager(services=[vision, language])
+    if arguments.program is None:
+        manager = WebSocketManager()
+    else:
+        from karna.program import load_manager
+
+        manager = load_manager(arguments.program, WebSocketManager)
+    for service in ("vision", "language"):
+        url, model = getattr(arguments, f"{service}_url"), getattr(arguments, f"{service}_model")
+        if url and service in manager.brought:
+            log.warning("--%s-url is not used: the program has its own service", service)
+        elif url:
+            cast(ModelService, manager.services[service]).use_server(url, model=model)
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
         manager.commands.allow_program(name, path or None)
@@ -1011,7 +1048,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             last_resort.start()
         last_resort.cancel()
     except (StartError, ValueError) as error:
-        command_line.say(f"karna_ws: {command_line.in_terms_of_flags(error)}", sys.stderr)
+        given = sys.argv[1:] if argv is None else argv
+        command_line.say(f"karna_ws: {command_line.in_terms_of_flags(error, given)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -1019,4 +1057,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["karna_ws"] = sys.modules["__main__"]  # a program's import is no second copy
     sys.exit(main())

@@ -33,6 +33,7 @@ from karna.errors import (
     UnknownCommand,
     UsageError,
 )
+from karna.log import log
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
@@ -297,7 +298,10 @@ class CommandProcessor(Service):
         """Make a program of this machine a command; ValueError when there is no such program."""
         from karna.programs import program_command  # few allow any
 
-        self.add(program_command(name, path))
+        command = program_command(name, path)
+        if command.name in self._replaceable:
+            log.warning("the program %s takes the place of the built-in command", command.name)
+        self.add(command)
 
 
 async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
@@ -327,15 +331,22 @@ class ModelService(Service):
         timeout_s: float = 30.0,
     ) -> None:
         super().__init__(self.kind)
-        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
-        key = key or next(filter(None, map(os.environ.get, variables)), None)
         self._model: str | None = model or None
         self.server: ModelServer | None = None
         if url:
-            from karna.models import ModelServer  # with http.client; most start without
+            self.use_server(url, model=model, key=key, timeout_s=timeout_s)
 
-            key = key and key.strip()
-            self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
+    def use_server(
+        self, url: str, *, model: str | None = None, key: str | None = None, timeout_s: float = 30.0
+    ) -> None:
+        """Use the model server at `url`; before the service starts. Raises ValueError."""
+        from karna.models import ModelServer  # with http.client; most start without
+
+        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
+        key = key or next(filter(None, map(os.environ.get, variables)), None)
+        self._model = model or None
+        key = key and key.strip()
+        self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
 
     async def start(self) -> None:
         if self.server is None:

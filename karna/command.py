@@ -12,13 +12,14 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, get_args
 
 from orjson import dumps, loads
 
 from karna.context import Context
 from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
 from karna.words import stems_of
 
 _REQUIRED: Any = inspect.Parameter.empty
@@ -65,7 +66,9 @@ class Parameter:
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
         shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
-        if isinstance(self.default, str | int | float | None):
+        if isinstance(self.default, Enum):
+            shown["default"] = word_of(self.default)
+        elif isinstance(self.default, str | int | float | None):
             shown["default"] = self.default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
@@ -135,9 +138,10 @@ class Command:
         destructive: bool | None = None,
     ) -> None:
         if not callable(function):
-            raise TypeError(f"a command is made from a function, not from {function!r}")
+            hint = f"; its name goes into name={function!r}" if isinstance(function, str) else ""
+            raise TypeError(f"a command is made from a function, not from {function!r}{hint}")
         self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name = name or name_of(function)
         self.aliases = tuple(aliases)
         self.names = (self.name, *self.aliases)
         for each in self.names:
@@ -358,8 +362,37 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def as_handler(function: Callable[..., Any], inline: bool) -> Command:
-    """An event handler in a Command's clothes: called with the values as they are."""
+def decorator(register: Callable[[str, Any], None], given: Any) -> Any:
+    """A decorator that registers functions, used bare or called with a name or without one.
+
+    given: the function, the name, or None. The name is by default the function's own.
+    """
+
+    def decorate(function: Any) -> Any:
+        register(given if isinstance(given, str) else name_of(function), function)
+        return function
+
+    if given is None or isinstance(given, str):
+        return decorate
+    if not callable(given):
+        raise TypeError(f"a name is a text, not {given!r}")
+    return decorate(given)
+
+
+def name_of(function: Any) -> str:
+    """The name that a function, or another thing to be called, was given where it was made."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+# What handlers are called with: of any other event with the client and the event's own values.
+LIFE_EVENTS = {"connect": ("client", "auth"), "disconnect": ("client", "reason")}
+
+
+def as_handler(function: Callable[..., Any], inline: bool, event: str = "") -> Command:
+    """An event handler in a Command's clothes: called with the values as they are.
+
+    Raises TypeError for one that could not be called with them.
+    """
 
     async def call_async(*args: Any) -> Any:
         return await function(*args)
@@ -367,7 +400,22 @@ def as_handler(function: Callable[..., Any], inline: bool) -> Command:
     def call(*args: Any) -> Any:
         return function(*args)
 
+    _check_handler(function, event)
     is_async = inspect.iscoroutinefunction(function)
     command = Command(call_async if is_async else call, name="handler", inline=inline)
     command.is_handler = True
     return command
+
+
+def _check_handler(function: Callable[..., Any], event: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some written in C tell none
+        return
+    values = LIFE_EVENTS.get(event)
+    bind = signature.bind if values else signature.bind_partial
+    try:
+        bind(*(values or ("client",)))
+    except TypeError:
+        wanted = ", ".join(values or ("client", "*args"))
+        raise TypeError(f"a handler of {event!r} takes ({wanted}), not {signature}") from None

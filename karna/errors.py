@@ -121,6 +121,14 @@ def explain(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def name_stray(error: InvalidParams, message: Mapping[str, Any], names: Any) -> InvalidParams:
+    """The error, with a word about a parameter (one of `names`) that stands beside `params`."""
+    stray = next((name for name in names or () if name in message and name != "id"), None)
+    if stray is None:
+        return error
+    return InvalidParams(f'{error}; "{stray}" stands outside "params"', **error.data)
+
+
 def as_request_error(error: BaseException) -> RequestError:
     """Whatever a program's code raised, as what its caller is told."""
     return error if isinstance(error, RequestError) else CommandFailed(explain(error))

@@ -48,7 +48,8 @@ SERVER_FILE = ROOT / "karna_ws.py"
 
 
 MODULES = {
-    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mcp", "prometheus_client",
+    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mcp", "mypy",
+    "prometheus_client",
     "redis", "socketio", "uvloop",
 }  # fmt: skip
 

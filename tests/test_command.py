@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import contextlib
 import logging
 import shlex
@@ -43,6 +44,23 @@ def test_prepare_splits_as_shlex_does(line: str) -> None:
         assert commands.prepare("any " + line).args == expected
 
 
+class Colour(enum.Enum):
+    RED = "red"
+    GREEN = "green"
+    WARM = "red"  # noqa: PIE796  (another name of RED)
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Odd(enum.Enum):
+    ON = True
+    NAME = "ON"  # a value goes before a name
+    BOTH = (1, 2)
+
+
 def shapes() -> CommandProcessor:
     commands = CommandProcessor(builtins=False)
 
@@ -74,6 +92,10 @@ def shapes() -> CommandProcessor:
         return sure, size, tone
 
     @commands.command
+    def paint(colour: Colour, level: Level | None = None, *, odd: Odd = Odd.BOTH) -> Any:
+        return colour, level, odd
+
+    @commands.command
     def total(*numbers: float) -> float:
         return sum(numbers)
 
@@ -102,6 +124,10 @@ GOOD_LINES: list[tuple[str, dict[str, Any], Any]] = [
     ("typed", {"c": 1, "j": None}, (1, None, None, b"", 1)),
     ("typed", {"c": "x"}, (1, None, None, b"", "x")),
     ("must --no-sure --size 5", {"tone": None}, (False, 5, None)),
+    ("paint red", {}, (Colour.RED, None, Odd.BOTH)),
+    ("paint GREEN HIGH --odd BOTH", {}, (Colour.GREEN, Level.HIGH, Odd.BOTH)),
+    ("paint WARM 1 --odd ON", {}, (Colour.RED, Level.LOW, Odd.NAME)),
+    ("paint", {"colour": "green", "level": 2, "odd": True}, (Colour.GREEN, Level.HIGH, Odd.ON)),
     ("total 1 2.5", {}, 3.5),
     ("total", {"numbers": [1, "2"]}, 3.0),
 ]  # fmt: skip
@@ -120,6 +146,12 @@ async def test_command_takes_words_options_and_params(
 BAD_LINES: list[tuple[str, dict[str, Any], str]] = [
     ("move", {}, "X is missing"),
     ("move x", {}, "X must be a whole number, not 'x'"),
+    ("paint blue", {}, "COLOUR must be one of red, green, not 'blue'"),
+    ("paint Red", {}, "COLOUR must be one of red, green"),
+    ("paint red 3", {}, "LEVEL must be one of LOW, HIGH"),
+    ("paint red", {"level": True}, "LEVEL must be one of LOW, HIGH, not bool"),
+    ("paint red", {"level": 1.0}, "LEVEL must be one of LOW, HIGH, not float"),
+    ("paint red", {"level": [1]}, "LEVEL must be one of LOW, HIGH, not a list of 1"),
     ("move 1_000", {}, "whole number"),
     ("move ٣", {}, "whole number"),
     (f"move {'9' * 5_000}", {}, "whole number"),
@@ -814,3 +846,23 @@ def test_built_in_commands_are_tools_only_where_they_say_so() -> None:
     revision = commands.revision
     commands.add(Command(lambda *text: "mine", name="echo"))
     assert commands.commands["echo"].tool is None and commands.revision > revision
+
+
+def test_enum_is_told_as_the_choices_that_it_is() -> None:
+    command = shapes().commands["paint"]
+    assert command.usage == "paint red|green [LOW|HIGH] [--odd ON|BOTH]"
+    colour, level, odd = command.describe()["arguments"]
+    assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
+    assert (level["default"], odd["default"]) == (None, "BOTH")
+
+    class Empty(enum.Enum): ...
+
+    with pytest.raises(TypeError, match="parameter a: Empty has no members"):
+        function: Any = lambda a: a  # noqa: E731
+        function.__annotations__ = {"a": Empty}
+        Command(function, name="x")
+
+
+def test_command_from_a_text_is_told_where_its_name_goes() -> None:
+    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
+        CommandProcessor().command("lights-on")  # type: ignore[call-overload]
