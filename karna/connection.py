@@ -22,9 +22,7 @@ Touches the hub it belongs to and the door it has; used by the doors and by the 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Iterable
 from time import perf_counter
 from typing import Any, cast
 
@@ -479,23 +477,3 @@ class Connection(Sender):
         tail, self._tail = self._tail, None
         if tail:
             self._read_late(bytes(tail))
-
-
-def write_all(connections: Iterable[Connection], frames: bytes) -> None:
-    """Write the same frames to each connection, without waiting for any."""
-    write, size, written, hub = os.write, len(frames), 0, None
-    for connection in connections:
-        hub = connection.hub
-        if connection._holds or connection.is_queueing:
-            connection.send_frame(frames, is_delivery=True)
-            continue
-        written += 1
-        try:
-            sent = write(connection.fd, frames)  # as Connection.write, without the call
-        except OSError:  # it takes nothing now, is gone, or its transport has to write
-            connection.write(frames)
-        else:
-            if sent < size:
-                connection.transport.write(memoryview(frames)[sent:])
-    if hub is not None:
-        hub.bytes_out += size * written  # those of the others count when they leave
