@@ -8,6 +8,7 @@ One process, one asyncio loop, one `websockets.serve` on one port:
     HTTP       /health /api/status     for monitors and scripts
     HTTP       /api/execute_command    one command by POST;  /api/notify  one broadcast by POST
     HTTP       /rpc                    JSON-RPC 2.0 by POST (the raw door speaks it too)
+    HTTP       /mcp                    Model Context Protocol: commands as tools of assistants
     HTTP       /metrics                Prometheus text format
 
 The file reads downhill:
@@ -24,57 +25,56 @@ described in README.md.
 
 from __future__ import annotations
 
+import karna.needs  # noqa: F401  (first: it says what has to be installed)
+
 import asyncio
 import functools
 import gc
 import os
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast, overload
 
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
-from karna.broadcasts import Missed
 from karna.calls import Client, Request, submit
-from karna.command import Call, Command, as_handler
-from karna.config import Config, make_config
+from karna.command import Call, Command, as_handler, decorator
+from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import HOLD_CONNECT, NEVER, Door
-from karna.context import Context
+from karna.door import Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
-from karna.errors import Unavailable, UsageError, explain
+from karna.errors import Unavailable, UsageError, name_stray
 from karna.frames import PING_FRAME, frame_binary, frame_text
-from karna.history import replay_bytes
+from karna.history import Entry, replay_bytes, with_group
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
+from karna.log import log
 from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
-from karna.text import encodable
-from services import CommandProcessor, LanguageService, VisionService, notification
+from services import CommandProcessor, Function, LanguageService, ModelService, VisionService
+from services import notification
 
 if TYPE_CHECKING:
     import argparse
 
     from karna.backplane import RedisBackplane
+    from karna.mcp import Mcp
 
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
 FULL_TEXT = "the server is full (--max-clients)"
-LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
-REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
 
 
 
@@ -86,12 +86,12 @@ REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its cli
 class RawClient(Client, Door):
     """The raw door: each message is a JSON request or answer."""
 
-    __slots__ = ("since",)
+    __slots__ = ()
     door = "raw"
 
     def __init__(self, connection: Connection, manager: WebSocketManager, since: str | None):
         super().__init__(connection, manager, connection.name)
-        self.since = since  # the offset it comes back with
+        self.since = since
 
     def receive(self, payload: bytes, is_text: bool) -> bytes | None:
         try:
@@ -113,24 +113,28 @@ class RawClient(Client, Door):
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.connection.send_frame(frame_text(envelope))
 
-    def welcome(self, missed: Missed | None) -> None:
+    def welcome(self, missed: list[Entry] | None) -> None:
         """It is in: send what it missed."""
         if missed is not None:
             self.connection.allow(replay_bytes(missed))
-            for offset, envelope in missed:
-                self.send_missed(offset, envelope)
+            for entry in missed:
+                self.send_missed(entry)
         elif self.since is not None:
             self.deliver(HISTORY_GAP, None)
 
-    def send_missed(self, offset: str, envelope: bytes) -> None:
+    def send_missed(self, entry: Entry) -> None:
         """Send one broadcast of a replay."""
-        self.deliver(envelope, None)
+        self.deliver(entry.envelope, None)
+
+    def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
+        question = {"type": "call", "data": {"event": event, "args": args}, "call": number}
+        self.deliver(encode_json(question), None)
 
     def refuse(self, message: str) -> None:
         """It may not come in."""
         self.connection.close(CloseCode.POLICY_VIOLATION, message)
 
-    def leave(self) -> None:
+    def end(self) -> None:
         self.manager.leave(self, "transport close")
 
 
@@ -171,14 +175,18 @@ class SocketIoDoor(SocketIoSession):
     def handle_event(
         self, client: SocketIoClient, event: list[Any], ack: int | None, size: int
     ) -> bytes | None:
-        return handle_event(client, event, ack, size)
+        if event[0] != "rpc":
+            return handle_event(client, event, ack, size)
+        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
+        answer = handle_rpc(client, message, ack, size)
+        return None if answer is None else client.wrap(answer, ack)
 
     def left(self, client: SocketIoClient, reason: str) -> None:
         self.manager.leave(client, reason)
 
-    def leave(self) -> None:
+    def end(self) -> None:
         self.manager.sessions.discard(self)
-        super().leave()
+        super().end()
 
 
 # --- manager -----------------------------------------------------------------------------------
@@ -205,6 +213,8 @@ class WebSocketManager(ServedHub):
         asyncio.run(serve(manager, port=8000))
     """
 
+    commands: CommandProcessor
+
     def __init__(
         self, commands: CommandProcessor | None = None, services: Iterable[Service] = ()
     ) -> None:
@@ -215,14 +225,15 @@ class WebSocketManager(ServedHub):
         self.board = StatusBoard(self.services, self.commands, makers)
         self.commands.use_broadcaster(self)
         self.methods: dict[str, Command] = {}
-        self.handlers: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
+        self.mcp: Mcp | None = None  # from the first assistant on
         self._route = functools.partial(route, self)
         self.configure(Config())
 
     def _make_services(self, given: Iterable[Service]) -> dict[str, Service]:
         services = {service.name: service for service in given}
+        self.brought = frozenset(services)  # by the program: flags leave them as they are
         vision = services.pop("vision", None) or VisionService()
         language = services.pop("language", None) or LanguageService()
         for service in (vision, language):
@@ -270,40 +281,58 @@ class WebSocketManager(ServedHub):
         """Start no command any more; answer what runs."""
         self.is_draining = True
         self.prepared = {}
+        if self.mcp is not None:
+            self.mcp.stop()
 
     # What an embedding program registers.
 
-    def method(self, name: str, *, inline: bool = False) -> Callable[[Any], Any]:
-        """Decorator: clients may call the function as RPC method `name`.
+    @overload
+    def method(self, name: Function, /) -> Function: ...
+
+    @overload
+    def method(
+        self, name: str | None = None, *, inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def method(self, name: Any = None, *, inline: bool = False) -> Any:
+        """Decorator: clients may call the function as RPC method `name`, or by its own name.
 
         `params` reach its parameters by name and type; one annotated Context gets the call's
         Context. What it returns is the answer's `data`. `async def` runs on the loop, plain `def`
         in a thread, with `inline=True` at once on the loop (it must never block).
         """
 
-        def register(function: Any) -> Any:
+        def register(name: str, function: Any) -> None:
             if name in BUILT_IN_METHODS or name in self.methods:
                 raise ValueError(f"method {name!r} exists already")
             self.methods[name] = Command(function, name=name, inline=inline)
-            return function
 
-        return register
+        return decorator(register, name)
 
-    def on(self, event: str, *, inline: bool = False) -> Callable[[Any], Any]:
+    @overload
+    def on(self, event: Function, /) -> Function: ...
+
+    @overload
+    def on(
+        self, event: str | None = None, *, inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def on(self, event: Any = None, *, inline: bool = False) -> Any:
         """Decorator: handle `event` of Socket.IO clients, or any client's coming and going.
 
         connect      handler(client, auth); raising refuses the client with the error's message
         disconnect   handler(client, reason)
         any event    handler(client, *args); what it returns is the ack, a tuple several values
+
+        Without a name it is the event that the function is named after.
         """
 
-        def register(function: Any) -> Any:
+        def register(event: str, function: Any) -> None:
             if event == "rpc" or event in self.handlers:
                 raise ValueError(f"event {event!r} has a handler already")
-            self.handlers[event] = as_handler(function, inline)
-            return function
+            self.handlers[event] = as_handler(function, inline, event)
 
-        return register
+        return decorator(register, event)
 
     def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str | bytes | None:
         """Answer one message of the raw door: text for str, binary for bytes, nothing for None.
@@ -317,8 +346,8 @@ class WebSocketManager(ServedHub):
 
     # Broadcast.
 
-    def broadcast(self, type: str, data: Any) -> int:
-        """Send an envelope to every client; how many of this process will get it.
+    def broadcast(self, type: str, data: Any, *, to: str | None = None) -> int:
+        """Send an envelope to every client, or to a group; how many of this process will get it.
 
         Never waits for a client; may be called from any thread. With a backplane it goes to the
         clients of every process, once Redis has taken it. Raises TypeError for data that JSON
@@ -326,27 +355,27 @@ class WebSocketManager(ServedHub):
         """
         body = self._encode_broadcast(type, data)
         if self.loop is None or threading.get_ident() == self.thread:
-            self._accept_broadcast(body)
+            self._accept_broadcast(body, to)
         else:  # a plain `def` command: it hears of a refusal, too
-            accepting = self._accept_from_thread(body)
+            accepting = self._accept_from_thread(body, to)
             asyncio.run_coroutine_threadsafe(accepting, self.loop).result()
-        return self.count_clients()
+        return self.count_of(to)
 
-    async def _accept_from_thread(self, body: bytes) -> None:
-        self._accept_broadcast(body)
+    async def _accept_from_thread(self, body: bytes, to: str | None) -> None:
+        self._accept_broadcast(body, to)
 
-    def _accept_broadcast(self, body: bytes) -> None:
+    def _accept_broadcast(self, body: bytes, to: str | None) -> None:
         if self.backplane is not None:
-            self.backplane.enqueue(body)
+            self.backplane.enqueue(with_group(body, to))
         else:
-            self.receive_broadcast(self.next_offset(), body)
+            self.receive_broadcast(self.next_offset(), body, to)
 
-    async def publish(self, type: str, data: Any) -> int:
+    async def publish(self, type: str, data: Any, *, to: str | None = None) -> int:
         """`broadcast`, and wait until the backplane has accepted it."""
         if self.backplane is None:
-            return self.broadcast(type, data)
-        await self.backplane.publish(self._encode_broadcast(type, data))
-        return self.count_clients()
+            return self.broadcast(type, data, to=to)
+        await self.backplane.publish(with_group(self._encode_broadcast(type, data), to))
+        return self.count_of(to)
 
     def _encode_broadcast(self, type: str, data: Any) -> bytes:
         body = encode_json({"type": type, "data": data})
@@ -355,9 +384,9 @@ class WebSocketManager(ServedHub):
             raise ValueError(f"a broadcast must have {self.max_entry_bytes} bytes at most")
         return body
 
-    def notify(self, message: str, level: str = "info") -> int:
+    def notify(self, message: str, level: str = "info", *, to: str | None = None) -> int:
         """Broadcast a `notification`. Raises ValueError for a level that does not exist."""
-        return self.broadcast("notification", notification(message, level))
+        return self.broadcast("notification", notification(message, level), to=to)
 
     # Status.
 
@@ -369,6 +398,9 @@ class WebSocketManager(ServedHub):
         """The answer to `get_status` up to its id, with the offset that it is current as of."""
         node = None if self.backplane is None else self.node
         return self.board.encode_answer(self.flushed, node)
+
+    def send_status(self, client: Client) -> None:
+        client.deliver(self.encode_status_answer() + b"}", None)
 
     def offset_changed(self) -> None:
         self.board.forget_answer()
@@ -390,109 +422,6 @@ class WebSocketManager(ServedHub):
 
     def first_door(self, connection: Connection) -> Exchange:
         return Exchange(connection, self._route)
-
-    def admit(self, client: RawClient | SocketIoClient) -> None:
-        """A client asks to come in: its connect handler decides; then it is sent what it missed.
-
-        Until then it is not counted and gets no broadcast.
-        """
-        if self._is_ahead(client.since):
-            self.spawn(self._admit_later(client), f"{client.id} waits for the backplane")
-        else:
-            self._ask(client)
-
-    async def _admit_later(self, client: RawClient | SocketIoClient) -> None:
-        """Wait a bounded time, or the client would get again what it has seen elsewhere."""
-        until = time.monotonic() + LAG_S
-        while self._is_ahead(client.since) and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        self._ask(client)
-
-    def _is_ahead(self, offset: str | None) -> bool:
-        """Has another process sent this to a client, while it is still on its way to this one?"""
-        return self.backplane is not None and offset is not None and self.backplane.is_ahead(offset)
-
-    def _ask(self, client: RawClient | SocketIoClient) -> None:
-        handler = self.handlers.get("connect")
-        if handler is None or not client.is_present:
-            return self._decided(client, None, None)
-        if client.door == "raw":
-            client.connection.hold(HOLD_CONNECT)
-        call = Call(handler, [client, client.auth], {})
-        decided = functools.partial(self._decided, client)
-        self.commands.start_call(call, Context(client), decided)
-
-    def _decided(
-        self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
-    ) -> None:
-        client.connection.release(HOLD_CONNECT)
-        if not client.is_present:
-            return  # it has left meanwhile
-        if error is not None:
-            return client.refuse(encodable(explain(error)))
-        self.flush_broadcasts()  # to the others: this one gets them from the history
-        missed = None if client.since is None else self._missed(client.since)
-        if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
-            self.spawn(self._replay(client, missed), f"replay for {client.id}")
-        else:
-            self._enter(client, missed)
-
-    async def _replay(self, client: RawClient | SocketIoClient, missed: Missed) -> None:
-        """Send a long replay as its client reads it; it is live when it has caught up."""
-        left: Missed | None = missed
-        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
-            for offset, envelope in left:
-                client.send_missed(offset, envelope)
-                await client.connection.written()
-                if not client.is_present:
-                    return
-            self.flush_broadcasts()
-            left = self.history.since(left[-1][0])
-        self._enter(client, left)
-
-    def _enter(self, client: RawClient | SocketIoClient, missed: Missed | None) -> None:
-        """It is live from now on."""
-        self._add(client)
-        client.welcome(missed)
-        if missed is not None and self.backplane is not None:
-            # Status is not in the shared history: a client that returns gets it.
-            client.deliver(self.encode_status_answer() + b"}", None)
-
-    def _missed(self, offset: str) -> Missed | None:
-        return None if self._is_ahead(offset) else self.history.since(offset)
-
-    def _members(self, client: Client) -> dict[str, Any]:
-        return self.raw if client.door == "raw" else self.sockets[client.namespace]
-
-    def _add(self, client: RawClient | SocketIoClient) -> None:
-        members = self._members(client)
-        before: Client | None = members.get(client.id)
-        if before is not None:  # its own connection, which we did not know to be dead: it leaves
-            before.connection.close(
-                CloseCode.POLICY_VIOLATION, "the client came back by another connection"
-            )
-        members[client.id] = client
-        if isinstance(client, SocketIoClient):
-            client.session.connect_deadline = NEVER
-
-    def leave(self, client: Client, reason: str) -> None:
-        """A client is gone; its disconnect handler runs if it was let in at all."""
-        client.cancel_calls()
-        members = self._members(client)
-        if members.get(client.id) is not client:
-            return
-        del members[client.id]
-        handler = self.handlers.get("disconnect")
-        if handler is not None:
-            self.leaving += 1
-            client.connection.count_leaving(1)
-            call = Call(handler, [client, reason], {})
-            left = functools.partial(self._left, client)
-            self.commands.start_call(call, Context(client), left)
-
-    def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
-        self.leaving -= 1
-        client.connection.count_leaving(-1)
 
 
 def _function_of(method: Any) -> Any:
@@ -545,6 +474,9 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
         if handler is not None:
             return handler(request, params)
         return call_method(request, method, params)
+    except InvalidParams as error:
+        names = parameters_of(request.client.manager, message["method"])
+        return request.refuse(name_stray(error, message, names))
     except FAULTS as exc:
         return request.refuse(exc)
 
@@ -574,17 +506,28 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     """RPC method: cancel this client's running or waiting request of id `id`."""
     wanted = params.get("id")
     if not isinstance(wanted, int | str) or isinstance(wanted, bool):
-        raise InvalidParams('"id" must be the id of a running command')
+        raise InvalidParams('"id" in "params" must be the id of a running command')
     calls = request.client.calls
     if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
     return request.encode("command_response", {"cancelled": wanted})
 
 
+def answer(request: Request, params: dict[str, Any]) -> bytes | None:
+    """RPC method: the client answers a question of ours, by its number."""
+    number = params.get("call")
+    if not request.client.questions.answer(number, params.get("data"), params.get("error")):
+        raise InvalidParams(f"no question {number!r} waits for an answer")
+    return request.encode("command_response", {"answered": number})
+
+
 BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
     "get_status": get_status, "execute_command": execute_command, "cancel": cancel,
+    "answer": answer,
 }  # fmt: skip
-_BUILT_IN_PARAMETERS = {"get_status": [], "execute_command": ["command"], "cancel": ["id"]}
+_BUILT_IN_PARAMETERS = {
+    "get_status": [], "execute_command": ["command"], "cancel": ["id"], "answer": ["call", "data"],
+}  # fmt: skip
 
 
 def parameters_of(manager: WebSocketManager, method: str) -> Sequence[str] | None:
@@ -618,11 +561,7 @@ def bind_method(command: Command, params: dict[str, Any]) -> Call:
 def handle_event(
     client: SocketIoClient, event: list[Any], ack: int | None, size: int
 ) -> bytes | None:
-    """Answer one Socket.IO event: the text to send now, if any."""
-    if event[0] == "rpc":
-        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
-        answer = handle_rpc(client, message, ack, size)
-        return None if answer is None else client.wrap(answer, ack)
+    """Answer one Socket.IO event other than `rpc`: the text to send now, if any."""
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
     handler = client.manager.handlers.get(name)
     if handler is not None:
@@ -816,6 +755,15 @@ def answer_rpc(manager: WebSocketManager, exchange: Exchange, body: bytes) -> No
     return None
 
 
+def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
+    """POST /mcp: Model Context Protocol."""
+    if manager.mcp is None:
+        from karna.mcp import Mcp  # with the first assistant
+
+        manager.mcp = Mcp(manager, __version__)
+    manager.mcp.answer(exchange, body)
+
+
 def answer_metrics(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
     """GET /metrics: Prometheus text format 0.0.4."""
     from karna.metrics import describe
@@ -843,6 +791,8 @@ ROUTES = {
     "/api/notify": Route(
         "POST", answer_notify, 'POST {"message": "...", "level": "info"}: notify every client'),
     "/rpc": Route("POST", answer_rpc, "POST: JSON-RPC 2.0"),
+    "/mcp": Route("POST", answer_mcp, "POST: Model Context Protocol, for assistants"),
+    "/mcp/": Route("POST", answer_mcp),
     "/metrics": Route("GET", answer_metrics, "GET: Prometheus metrics"),
     "/ws": Route("GET", answer_ws, "WebSocket: JSON requests, one a message"),
     "/ws/": Route("GET", answer_ws),
@@ -861,7 +811,9 @@ LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore the
 
 
 @asynccontextmanager
-async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Server]:
+async def serving(
+    manager: WebSocketManager, **options: Unpack[Options]
+) -> AsyncIterator[Server]:
     """Serve while the block runs: `async with serving(manager, port=0) as server`.
 
     Options are those of Config. Raises StartError when the server can't start, ValueError or
@@ -875,7 +827,7 @@ async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Se
         await server.close()
 
 
-async def serve(manager: WebSocketManager, **options: Any) -> None:
+async def serve(manager: WebSocketManager, **options: Unpack[Options]) -> None:
     """Serve until SIGTERM, SIGINT or cancellation, then stop gracefully.
 
     Options and errors are those of `serving`. A second signal ends the process at once.
@@ -900,9 +852,18 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     for service in ("vision", "language"):
         if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
             raise ValueError(f"--{service}-model needs --{service}-url")
-    vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
-    language = LanguageService(url=arguments.language_url, model=arguments.language_model)
-    manager = WebSocketManager(services=[vision, language])
+    if arguments.program is None:
+        manager = WebSocketManager()
+    else:
+        from karna.program import load_manager
+
+        manager = load_manager(arguments.program, WebSocketManager)
+    for service in ("vision", "language"):
+        url, model = getattr(arguments, f"{service}_url"), getattr(arguments, f"{service}_model")
+        if url and service in manager.brought:
+            log.warning("--%s-url is not used: the program has its own service", service)
+        elif url:
+            cast(ModelService, manager.services[service]).use_server(url, model=model)
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
         manager.commands.allow_program(name, path or None)
@@ -941,7 +902,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             last_resort.start()
         last_resort.cancel()
     except (StartError, ValueError) as error:
-        command_line.say(f"karna_ws: {command_line.in_terms_of_flags(error)}", sys.stderr)
+        given = sys.argv[1:] if argv is None else argv
+        command_line.say(f"karna_ws: {command_line.in_terms_of_flags(error, given)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -949,4 +911,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["karna_ws"] = sys.modules["__main__"]  # a program's import is no second copy
     sys.exit(main())

@@ -33,9 +33,10 @@ from karna.errors import (
     UnknownCommand,
     UsageError,
 )
+from karna.log import log
 from karna.service import Service
 from karna.text import one_line, utc_now
-from karna.words import rank, split_words
+from karna.words import SHORT_LINE_CHARS, Ranking, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Broadcaster(Protocol):
         """Every client, with `id`, `door` and `namespace`."""
 
 
+MAX_NAME_CHARS = 40  # of an unknown name that are compared and shown
 MAX_PREPARED, MAX_PREPARED_CHARS = 500, 200  # command lines kept as they were understood
 
 
@@ -74,7 +76,8 @@ class CommandProcessor(Service):
     """A registry of commands, and what runs them.
 
     Plain `def` runs in a bounded pool of threads, `async def` on the loop; of an async generator
-    each value is reported as progress and the last one is the result.
+    each value is reported as progress and the last one is the result. Handlers of events have as
+    many threads of their own: who comes in never waits for commands.
     """
 
     def __init__(
@@ -82,12 +85,15 @@ class CommandProcessor(Service):
     ) -> None:
         super().__init__("command")
         self.commands: dict[str, Command] = {}  # by name and by alias
+        self.revision = 0  # of `commands`: who keeps what it made of them compares it
         self.timeout_s = timeout_s
         self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
+        self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
+        self._ranking: Ranking[Command] | None = None  # made when it is asked
         self._notify: Command | None = None  # ours, which waits where a backplane does
         if builtins:
             add_builtins(self)
@@ -97,8 +103,10 @@ class CommandProcessor(Service):
 
     @overload
     def command(
-        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False
-    ) -> Callable[[Function], Function]: ...
+        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False,
+        tool: bool | None = None, confirm: bool = False,
+        read_only: bool | None = None, destructive: bool | None = None,
+    ) -> Callable[[Function], Function]: ...  # fmt: skip
 
     def command(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Decorator, with or without parentheses, that makes a function a command."""
@@ -117,12 +125,18 @@ class CommandProcessor(Service):
         for name in command.names:
             self.commands[name] = command
             self._replaceable.discard(name)
+        self.revision += 1
         self.prepared.clear()
+        self._ranking = None
         self.touch()
 
     def offer(self, command: Command) -> None:
-        """Register a built-in command: one of the program, sooner or later, takes its place."""
+        """Register a built-in command: one of the program, sooner or later, takes its place.
+
+        It is a tool of assistants only if it says so.
+        """
         if command.name not in self.commands:
+            command.tool = bool(command.tool)
             self.add(command)
             self._replaceable.update(command.names)
 
@@ -149,7 +163,8 @@ class CommandProcessor(Service):
             call = self.prepared.get(line)
             if call is not None:
                 return call
-        if line.isprintable() and "\\" not in line and '"' not in line and "'" not in line:
+        is_short = len(line) < SHORT_LINE_CHARS
+        if is_short and line.isprintable() and not ("\\" in line or '"' in line or "'" in line):
             words = line.split()
         else:
             words = split_words(line)
@@ -169,13 +184,20 @@ class CommandProcessor(Service):
 
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
-        near = self.suggest(name)
+        near = self.suggest(name[:MAX_NAME_CHARS])
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `help` lists the commands"
-        return UnknownCommand(f"no command {one_line(name, 40)!r}{hint}", suggestions=near)
+        shown = one_line(name, MAX_NAME_CHARS)
+        return UnknownCommand(f"no command {shown!r}{hint}", suggestions=near)
 
     def suggest(self, text: str, limit: int = 3) -> list[str]:
         """Names of commands near to a text, best first."""
-        return [command.name for _, command in rank(text, self.distinct())[:limit]]
+        return [command.name for _, command in self.rank(text, limit)]
+
+    def rank(self, text: str, limit: int) -> list[tuple[float, Command]]:
+        """Commands near to a text with their scores, best first."""
+        if self._ranking is None:
+            self._ranking = Ranking(self.distinct())
+        return self._ranking.rank(text, limit)
 
     def distinct(self) -> list[Command]:
         """Each command once, by name."""
@@ -248,17 +270,23 @@ class CommandProcessor(Service):
         if command.runs == "stream":
             return await _last_value(command.function(*call.args, **call.kwargs), context)
         function = functools.partial(command.function, *call.args, **call.kwargs)
-        value = await self._threads.call(function) if command.runs == "thread" else function()
+        if command.runs == "thread":
+            threads = self._handler_threads if command.is_handler else self._threads
+            value = await threads.call(function, context.owner)
+        else:
+            value = function()
         return await value if inspect.isawaitable(value) else value
 
     async def start(self) -> None:
         self._threads.open()
+        self._handler_threads.open()
         self.set_state("running", f"{len(self.distinct())} commands")
 
     async def stop(self) -> None:
         """End running commands and their programs; threads that go on are abandoned."""
         self.set_state("stopped")
         self._threads.close()
+        self._handler_threads.close()
         await self.tasks.end_all()
 
     def get_status(self) -> dict[str, Any]:
@@ -270,7 +298,10 @@ class CommandProcessor(Service):
         """Make a program of this machine a command; ValueError when there is no such program."""
         from karna.programs import program_command  # few allow any
 
-        self.add(program_command(name, path))
+        command = program_command(name, path)
+        if command.name in self._replaceable:
+            log.warning("the program %s takes the place of the built-in command", command.name)
+        self.add(command)
 
 
 async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
@@ -279,7 +310,6 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
     async with contextlib.aclosing(values) as stream:  # type: ignore[type-var]
         async for value in stream:
             await context.progress(value)
-            await asyncio.sleep(0)  # one that never waits must not stall the other clients
     return value
 
 
@@ -301,15 +331,22 @@ class ModelService(Service):
         timeout_s: float = 30.0,
     ) -> None:
         super().__init__(self.kind)
-        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
-        key = key or next(filter(None, map(os.environ.get, variables)), None)
         self._model: str | None = model or None
         self.server: ModelServer | None = None
         if url:
-            from karna.models import ModelServer  # with http.client; most start without
+            self.use_server(url, model=model, key=key, timeout_s=timeout_s)
 
-            key = key and key.strip()
-            self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
+    def use_server(
+        self, url: str, *, model: str | None = None, key: str | None = None, timeout_s: float = 30.0
+    ) -> None:
+        """Use the model server at `url`; before the service starts. Raises ValueError."""
+        from karna.models import ModelServer  # with http.client; most start without
+
+        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
+        key = key or next(filter(None, map(os.environ.get, variables)), None)
+        self._model = model or None
+        key = key and key.strip()
+        self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
 
     async def start(self) -> None:
         if self.server is None:
@@ -364,7 +401,7 @@ class VisionService(ModelService):
                 raise command.usage_error("params.image is missing: base64, a data URL or bytes")
             return await self.describe(image, " ".join(map(str, question)))
 
-        command = Command(describe)
+        command = Command(describe, tool=True, read_only=True)
         commands.offer(command)
 
     async def describe(self, image: bytes | str, question: str = "") -> dict[str, Any]:
@@ -411,10 +448,10 @@ class LanguageService(ModelService):
 
     def interpret(self, text: str) -> dict[str, Any]:
         """{"text", "matches": [{"command", "usage", "score"}]}, at most five, the best first."""
-        commands = [] if self._commands is None else self._commands.distinct()
+        ranked = [] if self._commands is None else self._commands.rank(text, MAX_MATCHES)
         matches = [
             {"command": command.name, "usage": command.usage, "score": score}
-            for score, command in rank(text, commands)[:MAX_MATCHES]
+            for score, command in ranked
         ]
         return {"text": text, "matches": matches}
 
@@ -443,7 +480,7 @@ def add_builtins(commands: CommandProcessor) -> None:
 
     commands.offer(Command(help_, name="help", inline=True))
     commands.offer(Command(echo, inline=True))
-    commands.offer(Command(tell_time, name="time", inline=True))
+    commands.offer(Command(tell_time, name="time", inline=True, tool=True, read_only=True))
     commands.offer(Command(countdown))
 
 
@@ -505,7 +542,7 @@ def notify_command(broadcaster: Broadcaster) -> Command:
     async def published(data: dict[str, str]) -> dict[str, int]:
         return {"clients": await broadcaster.publish("notification", data)}
 
-    command = Command(notify, inline=True)
+    command = Command(notify, inline=True, tool=True, destructive=False)
     return command
 
 

@@ -2,24 +2,27 @@
 
 The stream's order is everybody's order, and its ids are everybody's offsets. An entry whose
 acceptance is unknown is not sent again: its publisher is told so, and nobody gets anything twice.
-Uses errors, history (the order of offsets), log, service, text and work; made by who starts the
-server with --backplane.
+Uses errors, faults, history (the order of offsets), log, service, text and work; made by who starts
+the server with --backplane.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from karna.errors import StartError, Unavailable, explain
+from karna.errors import StartError, Unavailable
+from karna.faults import describe_fault
 from karna.history import parse_offset
 from karna.log import LogGate, log
 from karna.service import Service, State
-from karna.text import one_line, utc_now
+from karna.text import utc_now
 from karna.work import Tasks
 
 STREAM = "karna:broadcasts"
@@ -31,6 +34,10 @@ MAX_OUTBOX = 1_000  # broadcasts that wait to be accepted; when it is full, publ
 MAX_OUTBOX_BYTES = 16 * 1024 * 1024  # of them together
 MAX_PIPELINE = 100  # entries in one round trip
 READ_ENTRIES = 2 * MAX_PIPELINE  # in one answer: a node must not publish faster than it reads
+# Added with each reading, and never accepted: no id is so low. That nothing else is wrong with it
+# shows that Redis would take another: it has memory, disk and permission, and is no replica.
+PROBE_ID = "0-1"
+PROBE_ANSWER = re.compile("equal or smaller than|Invalid stream ID")  # the latter before 6.2
 RETRY_FIRST_S, RETRY_MAX_S = 0.25, 10.0  # between attempts to reach Redis, doubled each time
 
 Entry = tuple[str, bytes | None]  # stream id, body; none for the mark at the stream's beginning
@@ -51,24 +58,8 @@ class RedisBackplane(Service):
 
     def __init__(self, url: str) -> None:
         """Raises ImportError without the `redis` package, ValueError for a bad URL."""
-        from redis.asyncio import Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-
         super().__init__("backplane")
-        # Without retries of its own: a lost answer to XADD must not become a second entry.
-        self._redis: Any = Redis.from_url(
-            url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=REDIS_TIMEOUT_S,
-            socket_connect_timeout=REDIS_TIMEOUT_S,
-        )  # fmt: skip
-        pool: Any = self._redis.connection_pool
-        try:
-            pool.make_connection()  # without connecting: only this looks at the URL's ?options
-        except TypeError:
-            raise ValueError("an unknown option in the URL") from None
-        where = pool.connection_kwargs
-        host, port = where.get("host", "localhost"), where.get("port", 6379)
-        self.address = str(where.get("path") or f"{host}:{port}")
+        self._redis, self.address, self._others = make_client(url)
         self.receive: Callable[[str, bytes], None] = lambda offset, body: None
         self.restore: Callable[[str, list[tuple[str, bytes]]], None] = lambda base, entries: None
         self.log_gate = LogGate()  # or the one that all share
@@ -76,19 +67,20 @@ class RedisBackplane(Service):
         self.history_bytes = 4 * 1024 * 1024
         self._last: str | None = None  # the id of the last entry seen
         self._read_entries = READ_ENTRIES  # fewer where they do not arrive in time
-        self._health: tuple[State, str] = "starting", f"connecting to Redis at {self.address}"
+        self._reading: tuple[State, str] = "starting", f"connecting to Redis at {self.address}"
+        self._refusal: str | None = None  # why it takes no broadcast, though it can be read
         self._outbox: deque[tuple[bytes, asyncio.Future[None]]] = deque()
         self._outbox_bytes = 0
         self._news = asyncio.Event()
         self._tasks = Tasks()
         self._is_running = False
-        self.is_loaded = asyncio.Event()  # history was loaded once
+        self.has_tried = asyncio.Event()  # to load history, once: it is there, or Redis is away
 
     async def start(self) -> None:
         """Begin to read and to publish; Redis may come later."""
         if not self._is_running:
             self._is_running = True
-            self.set_state(*self._health)
+            self._show()
             self._tasks.spawn(self._read_forever(), "backplane reader")
             self._tasks.spawn(self._publish_forever(), "backplane publisher")
 
@@ -99,20 +91,34 @@ class RedisBackplane(Service):
             if not accepted.done():
                 accepted.set_exception(Unavailable("the server stops"))
         await self._tasks.end_all()
-        await self._redis.aclose()
+        for client in (self._redis, *self._others):
+            await client.aclose()
 
     async def check(self) -> None:
         """Say again what the reader found: the monitor would say it too late, or for ever."""
-        self.set_state(*self._health)
+        self._show()
+
+    def _show(self) -> None:
+        """Degraded while Redis is away, and while it is there but takes no broadcast."""
+        state, detail = self._reading
+        if state == "running" and self._refusal is not None:
+            state, detail = "degraded", f"Redis at {self.address} {self._refusal}"
+        if self._is_running:
+            self.set_state(state, detail)
 
     # Publishing.
 
     def enqueue(self, body: bytes) -> asyncio.Future[None]:
         """Hand over a broadcast; the result comes when Redis has accepted it.
 
-        Raises Unavailable when Redis is away or too much waits already.
+        Raises Unavailable when Redis is away, refuses broadcasts, or too much waits already.
         """
-        if self.state != "running":
+        if self._refusal is not None:  # nobody would hear of the next refusal
+            raise Unavailable(f"the backplane is {self.state}: {self.detail}")
+        return self._enqueue(body)
+
+    def _enqueue(self, body: bytes) -> asyncio.Future[None]:
+        if not self._is_running or self._reading[0] != "running":
             raise Unavailable(f"the backplane is {self.state}: {self.detail}")
         if len(self._outbox) >= MAX_OUTBOX or self._outbox_bytes > MAX_OUTBOX_BYTES:
             raise Unavailable("too many broadcasts wait for Redis")
@@ -124,8 +130,11 @@ class RedisBackplane(Service):
         return accepted
 
     async def publish(self, body: bytes) -> None:
-        """`enqueue`, and wait until it is accepted; raises Unavailable after a bounded time."""
-        accepted = self.enqueue(body)
+        """Hand over a broadcast and wait until it is accepted.
+
+        It is tried while Redis refuses others. Raises Unavailable after a bounded time.
+        """
+        accepted = self._enqueue(body)
         try:
             await asyncio.wait_for(accepted, PUBLISH_WAIT_S)
         except TimeoutError:
@@ -153,21 +162,36 @@ class RedisBackplane(Service):
             results = [error] * len(some)
         failures = [result for result in results if isinstance(result, Exception)]
         if failures:
-            self._complain(len(failures), failures[0])
+            self._complain(len(failures), describe_fault(failures[0]))
+        if results:
+            self._learn(results[-1])
         for (_, accepted), result in zip(some, results, strict=True):
             if accepted.done():
                 continue
             if isinstance(result, Exception):
-                accepted.set_exception(Unavailable(f"Redis did not accept it: {explain(result)}"))
+                reason = f"the broadcast was not accepted: Redis {describe_fault(result)}"
+                accepted.set_exception(Unavailable(reason))
             else:
                 accepted.set_result(None)
 
-    def _complain(self, count: int, error: Exception) -> None:
+    def _complain(self, count: int, fault: str) -> None:
         """Log broadcasts that were not accepted; clients can cause them, so not each."""
         self.log_gate.turn(time.monotonic())
         if self.log_gate.admits("broadcasts not accepted by Redis"):
-            reason = one_line(explain(error))
-            log.warning("%d broadcasts not accepted by Redis: %s", count, reason)
+            log.warning("%d broadcasts not accepted: Redis %s", count, fault)
+
+    def _learn(self, result: Any) -> None:
+        """What came of adding an entry, or of the probe: does Redis take broadcasts?
+
+        A lost connection says nothing of that; the reader meets it, too.
+        """
+        from redis.exceptions import ResponseError
+
+        if isinstance(result, ResponseError) and not PROBE_ANSWER.search(str(result)):
+            self._refusal = describe_fault(result)
+        elif isinstance(result, ResponseError) or not isinstance(result, Exception):
+            self._refusal = None
+        self._show()
 
     # Reading.
 
@@ -175,6 +199,8 @@ class RedisBackplane(Service):
         delay_s = RETRY_FIRST_S
         while self._is_running:
             try:
+                if self._last is None:
+                    await self._load()
                 await self._read(None)
                 self._found("running", f"Redis at {self.address}")
                 delay_s = RETRY_FIRST_S
@@ -182,25 +208,28 @@ class RedisBackplane(Service):
                     await self._read(READ_BLOCK_MS)
                     self._read_entries = min(self._read_entries * 2, READ_ENTRIES)
             except Exception as error:  # see _publish_some
-                self._found("degraded", f"Redis at {self.address} is away: {explain(error)}")
+                self._found("degraded", f"Redis at {self.address} {describe_fault(error)}")
                 self._read_entries = max(self._read_entries // 2, 1)
             await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))
             delay_s = min(delay_s * 2, RETRY_MAX_S)
 
     def _found(self, state: State, detail: str) -> None:
-        if self._is_running:
-            self._health = state, detail
-            self.set_state(state, detail)
+        self._reading = state, detail
+        self.has_tried.set()
+        self._show()
 
     async def _read(self, block_ms: int | None) -> None:
         """Take what follows the last entry seen; wait for it at most `block_ms`."""
-        if self._last is None:
-            return await self._load()
         async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.xread({STREAM: self._last}, count=self._read_entries, block=block_ms)
             # Asked after the reading: while it is there, nothing that followed it was trimmed.
             pipeline.xrange(STREAM, self._last, self._last, count=1)
-            answer, last = await pipeline.execute()
+            pipeline.xadd(STREAM, {"begin": "probe"}, id=PROBE_ID, nomkstream=True)
+            answer, last, probe = await pipeline.execute(raise_on_error=False)
+        for each in (answer, last):
+            if isinstance(each, Exception):
+                raise each
+        self._learn(probe)
         if not last:
             return await self._load()
         for _, entries in answer or ():
@@ -223,7 +252,6 @@ class RedisBackplane(Service):
         base = _id_before(entries[0][0])  # that nothing lies between them is all we know
         self._last = old[-1][0] if old else base
         self.restore(base, [(offset, body) for offset, body in old if body is not None])
-        self.is_loaded.set()
         for offset, body in entries[len(old) :]:
             self._deliver(offset, body)
 
@@ -270,6 +298,55 @@ def _entry(found: tuple[bytes, dict[bytes, bytes]]) -> Entry:
     return offset.decode(), None if is_mark else values.get(b"body", b"null")
 
 
+def make_client(url: str) -> tuple[Any, str, list[Any]]:
+    """A client that does not connect yet, its address without secrets, and what to close with it.
+
+    Raises ImportError without the `redis` package, ValueError for a bad URL.
+    """
+    from redis.asyncio import Redis
+    from redis.asyncio.connection import parse_url
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
+    from redis.backoff import NoBackoff
+
+    url = re.sub("^valkey", "redis", url)  # its twin has the same protocol
+    sentinels: list[tuple[str, int]] = []
+    name = ""
+    if url.startswith("redis+sentinel://"):
+        sentinels, name, url = _split_sentinel_url(url)
+    # Without retries of its own: a lost answer to XADD must not become a second entry.
+    options: dict[str, Any] = {
+        "protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": REDIS_TIMEOUT_S,
+        "socket_connect_timeout": REDIS_TIMEOUT_S,
+    }  # fmt: skip
+    where = {**options, **parse_url(url)}
+    if sentinels:
+        finder: Any = Sentinel(sentinels, sentinel_kwargs=options, **where)  # type: ignore[no-untyped-call]
+        client, others = finder.master_for(name), finder.sentinels
+        address = f"{name} (Sentinel {', '.join(f'{host}:{port}' for host, port in sentinels)})"
+    else:
+        client, others = Redis.from_url(url, **options), []
+        address = f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+        address = str(where.get("path") or address)
+    try:
+        client.connection_pool.make_connection()  # only this looks at the URL's ?options
+    except TypeError:
+        raise ValueError("an unknown option in the URL") from None
+    return client, address, others
+
+
+def _split_sentinel_url(url: str) -> tuple[list[tuple[str, int]], str, str]:
+    """The Sentinels, the name of the primary, and the URL of a Redis with all else."""
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    found = [urlsplit(f"//{each}") for each in hosts.split(",")]
+    sentinels = [(each.hostname or "", each.port or 26379) for each in found]
+    name = unquote(parts.path).strip("/")
+    if not name or not all(host for host, _ in sentinels):
+        raise ValueError("no Sentinel, or no name of a primary")
+    return sentinels, name, f"redis://{user}{at}?{parts.query}"
+
+
 def make_backplane(url: str) -> RedisBackplane:
     """The backplane of --backplane. Raises StartError."""
     try:
@@ -277,4 +354,5 @@ def make_backplane(url: str) -> RedisBackplane:
     except ImportError:
         raise StartError("--backplane needs the redis package: pip install redis") from None
     except ValueError:  # its text may hold the password
-        raise StartError("--backplane must look like redis://host:6379") from None
+        forms = "redis://host:6379 or redis+sentinel://host:26379/name"
+        raise StartError(f"--backplane must look like {forms}") from None

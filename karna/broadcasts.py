@@ -8,16 +8,17 @@ Touches the history and the members of each door; the manager at the top extends
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from karna.calls import Client, CommandHub
-from karna.connection import write_all
+from karna.sender import write_all
 from karna.envelopes import HISTORY_GAP
 from karna.frames import frame_text
-from karna.history import History, checked_entry, with_offset
+from karna.history import Entry, History, checked_entry, with_offset
 from karna.packets import encode_namespace
 from karna.socketio import encode_broadcast
 
@@ -29,7 +30,6 @@ CLIENTS_A_TURN = 100  # for whom a flush waits one more turn of the loop: 1 us i
 MAX_TURNS = 8  # ...never more than this
 FLUSH_BROADCAST_BYTES = 256 * 1024  # broadcasts joined into one write before it leaves
 
-Missed = list[tuple[str, bytes]]  # offsets and envelopes that a client has not seen
 _connection_of = attrgetter("connection")
 
 
@@ -40,6 +40,7 @@ class BroadcastHub(CommandHub):
         super().__init__()
         self.raw: dict[str, Any] = {}  # clients of the raw door, by id
         self.sockets: dict[str, dict[str, Any]] = {}  # those of each Socket.IO namespace, by id
+        self.groups: dict[str, set[Client]] = {}  # those that have members, by name
         self.backplane: RedisBackplane | None = None
         self.broadcasts = self.deliveries = 0
 
@@ -54,7 +55,7 @@ class BroadcastHub(CommandHub):
         self.sockets = {name: {} for name in ("/", "/ws", "/ws/", *config.namespaces)}
         # Longest broadcast in the backplane: what came in as a request fits.
         self.max_entry_bytes = max(config.max_message_bytes, config.max_body_bytes) + ENVELOPE_BYTES
-        self._pending: Missed = []  # of this turn of the loop
+        self._pending: list[Entry] = []  # of this turn of the loop
         self._pending_bytes = 0
 
     def _make_history(self, base: str) -> History:
@@ -82,12 +83,14 @@ class BroadcastHub(CommandHub):
         sockets = (client for members in self.sockets.values() for client in members.values())
         return [*self.raw.values(), *sockets]
 
-    def receive_broadcast(self, offset: str, body: bytes, *, is_kept: bool = True) -> None:
+    def receive_broadcast(
+        self, offset: str, body: bytes, group: str | None = None, *, is_kept: bool = True
+    ) -> None:
         """A broadcast is accepted: keep it and send it to the clients of this process."""
         envelope = with_offset(body, offset)
         if is_kept:
-            self.history.append(offset, envelope)
-        self._pending.append((offset, envelope))
+            self.history.append(offset, envelope, group)
+        self._pending.append(Entry(offset, envelope, group))
         self._pending_bytes += len(envelope)
         self.broadcasts += 1
         if self.loop is None:  # nobody is served yet
@@ -101,11 +104,11 @@ class BroadcastHub(CommandHub):
     def receive_entry(self, offset: str, body: bytes) -> None:
         """An entry of the shared stream arrives: any process that reaches Redis may have put it."""
         try:
-            body = checked_entry(body, self.max_entry_bytes)
+            body, group = checked_entry(body, self.max_entry_bytes)
         except ValueError as error:
             text = "skipped entry %s of the backplane: %s"
             return self.log_gate.warning("foreign entry", text, offset, error)
-        self.receive_broadcast(offset, body)
+        self.receive_broadcast(offset, body, group)
 
     def restore_history(self, base: str, entries: list[tuple[str, bytes]]) -> None:
         """History is loaded from the backplane: who is a client already may have missed some."""
@@ -113,8 +116,8 @@ class BroadcastHub(CommandHub):
         self.history = self._make_history(base)
         for offset, body in entries:
             with suppress(ValueError):  # a foreign entry
-                body = checked_entry(body, self.max_entry_bytes)
-                self.history.append(offset, with_offset(body, offset))
+                body, group = checked_entry(body, self.max_entry_bytes)
+                self.history.append(offset, with_offset(body, offset), group)
         self.flushed = self.history.last
         self.offset_changed()
         for client in self.all_clients():
@@ -140,18 +143,69 @@ class BroadcastHub(CommandHub):
             return
         self.flushed = pending[-1][0]
         self.offset_changed()
-        self._write(b"".join([frame_text(envelope) for _, envelope in pending]), self.raw)
-        recovers = self.recovers
-        for namespace, clients in self.sockets.items():
-            if clients:
-                head = b"42" + encode_namespace(namespace) + b'["rpc_response",'
-                frames = [
-                    frame_text(encode_broadcast(head, envelope, offset if recovers else None))
-                    for offset, envelope in pending
-                ]
-                self._write(b"".join(frames), clients)
-        self.deliveries += len(pending) * self.count_clients()
+        if self.groups or any(entry.group is not None for entry in pending):
+            for entries, clients in self._shares(pending):
+                self._write(entries, clients)
+        else:
+            self._write(pending, self.all_clients())
 
-    def _write(self, frames: bytes, members: Mapping[str, Client]) -> None:
-        # A list, not the view: a slow client is dropped while we iterate.
-        write_all([*map(_connection_of, members.values())], frames)
+    def _shares(self, pending: list[Entry]) -> Iterator[tuple[list[Entry], list[Client]]]:
+        """Who gets what, where some of it is for groups: each share, and its clients."""
+        wanted = {entry.group for entry in pending}
+        clients = self.all_clients() if None in wanted else self._members_of(wanted)
+        shares: defaultdict[frozenset[str | None], list[Client]] = defaultdict(list)
+        for client in clients:
+            shares[frozenset(wanted.intersection(client.groups))].append(client)
+        for groups, sharers in shares.items():
+            yield [each for each in pending if each.group is None or each.group in groups], sharers
+
+    def _members_of(self, groups: Iterable[str | None]) -> set[Client]:
+        return {client for group in groups for client in self.groups.get(cast(str, group), ())}
+
+    def _write(self, entries: list[Entry], clients: Sequence[Client]) -> None:
+        """Write the same broadcasts to these clients, framed once for each door."""
+        if not entries or not clients:
+            return
+        by_door: defaultdict[str, list[Client]] = defaultdict(list)
+        for client in clients:
+            by_door["" if client.door == "raw" else client.namespace].append(client)
+        recovers = self.recovers
+        for namespace, sharers in by_door.items():
+            if namespace:
+                head = b"42" + encode_namespace(namespace) + b'["rpc_response",'
+                texts = [
+                    encode_broadcast(head, envelope, offset if recovers else None)
+                    for offset, envelope, _ in entries
+                ]
+            else:
+                texts = [entry.envelope for entry in entries]
+            frames = b"".join(map(frame_text, texts))
+            write_all([*map(_connection_of, sharers)], frames)
+        self.deliveries += len(entries) * len(clients)
+
+    # Groups.
+
+    def count_of(self, group: str | None) -> int:
+        """Clients of this process that a broadcast to this group goes to; None: to all."""
+        return self.count_clients() if group is None else len(self.groups.get(group, ()))
+
+    def join_group(self, client: Client, group: str) -> None:
+        """From now on the client gets what is broadcast to the group."""
+        self.flush_broadcasts()  # to those who are in it
+        client.groups = client.groups | {group}
+        self.groups.setdefault(group, set()).add(client)
+
+    def leave_groups(self, client: Client, groups: Iterable[str]) -> None:
+        """From now on the client gets nothing more that is broadcast to these groups."""
+        self.flush_broadcasts()
+        for group in client.groups.intersection(groups):
+            members = self.groups[group]
+            members.discard(client)
+            if not members:
+                del self.groups[group]
+        client.groups = client.groups.difference(groups)
+
+    def missed_by(self, client: Client, entries: list[Entry]) -> list[Entry]:
+        """What of these broadcasts is for the client."""
+        groups = client.groups
+        return [each for each in entries if each.group is None or each.group in groups]

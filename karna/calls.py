@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
-from orjson import dumps
+from orjson import OPT_NON_STR_KEYS, dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
@@ -25,10 +25,13 @@ from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
 from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain
+from karna.history import Entry
 from karna.hub import Hub
+from karna.questions import Questions
 from karna.text import encodable
 from karna.work import Job
 
+NO_GROUPS: frozenset[str] = frozenset()
 MAX_WAITING = 256  # requests of one client that wait for a running command to end...
 MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
 UNENCODABLE = "the result can't be encoded as JSON"
@@ -55,11 +58,14 @@ class CommandHub(Hub):
 class Client:
     """One peer, as commands, handlers and embedding programs see it.
 
-    `id` names it in logs; `door` is "raw", "socket.io" or "http"; `auth` is what a Socket.IO client
-    gave when it connected.
+    `id` names it in logs; `door` is "raw", "socket.io", "http" or "mcp"; `auth` is what a Socket.IO
+    client gave when it connected.
     """
 
-    __slots__ = ("__weakref__", "auth", "calls", "connection", "id", "manager")
+    __slots__ = (
+        "__weakref__", "_questions", "_state", "auth", "calls", "connection", "groups", "id",
+        "manager", "since",
+    )  # fmt: skip
     door: ClassVar[str] = ""
     namespace = "/"
 
@@ -68,7 +74,33 @@ class Client:
         self.manager = manager
         self.id = id
         self.auth: dict[str, Any] = {}
+        self.since: str | None = None  # the offset that it comes back with, if it does
+        self.groups: frozenset[str] = NO_GROUPS  # that it has joined
+        self._state: dict[str, Any] | None = None
+        self._questions: Questions | None = None  # made with the first
         self.calls: Calls | None = None  # its connection's, while it has something running there
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a program keeps of this client. It survives a Socket.IO recovery in this process."""
+        if self._state is None:
+            self._state = {}
+        return self._state
+
+    def join(self, group: str, *, since: str | None = None) -> None:
+        """From now on the client gets what is broadcast to this group.
+
+        A group joined in a connect handler is replayed with the rest to a client that comes back.
+        since: the offset from which a group that is joined later is replayed now; where that is
+        no longer kept, the client gets an `error` with code `history_gap`.
+        """
+        self.manager.join_group(self, group)
+        if since is not None:
+            self.manager.replay_group(self, group, since)
+
+    def leave(self, group: str) -> None:
+        """From now on the client gets nothing more that is broadcast to this group."""
+        self.manager.leave_groups(self, (group,))
 
     @property
     def is_present(self) -> bool:
@@ -96,6 +128,43 @@ class Client:
         """
         await self.send(event, args[0] if len(args) == 1 else list(args))
 
+    async def call(self, event: str, *args: Any, timeout_s: float = 10.0) -> Any:
+        """Ask the client, and wait for what it answers; once its connect handler has let it in.
+
+        Raises ConnectionError when it leaves or can't be asked, CommandFailed when it answers an
+        error, TimeoutError after `timeout_s`, TypeError for arguments that can't be encoded.
+        On the raw door it gets {"type": "call", "data": {"event", "args"}, "call": ID} and sends
+        {"method": "answer", "params": {"call": ID, "data": ...}}, or "error" with a text in place
+        of "data"; on the Socket.IO door it is an event with an ack.
+        """
+        if not self.manager.is_in(self):  # no client of the HTTP door ever is
+            text = f"client {self.id} ({self.door}) can't be asked: it is not in, or has left"
+            raise ConnectionError(text)
+        return await self.questions.ask(self, event, args, timeout_s)
+
+    @property
+    def questions(self) -> Questions:
+        """What it was asked and has not answered."""
+        if self._questions is None:
+            self._questions = Questions()
+        return self._questions
+
+    def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
+        """Send a question in the door's own form."""
+        raise NotImplementedError
+
+    def welcome(self, missed: list[Entry] | None) -> None:
+        """It is in: send what it missed; None where that is not known, or it does not come back."""
+        raise NotImplementedError
+
+    def refuse(self, message: str) -> None:
+        """It may not come in."""
+        raise NotImplementedError
+
+    def send_missed(self, entry: Entry) -> None:
+        """Send one broadcast of a replay."""
+        raise NotImplementedError
+
     async def disconnect(self, reason: str = "") -> None:
         """Close this client's connection."""
         self.connection.close(CloseCode.NORMAL_CLOSURE, reason)
@@ -110,6 +179,8 @@ class Client:
 
     def cancel_calls(self) -> None:
         """The client is gone: cancel its running commands, forget its waiting ones."""
+        if self._questions is not None:
+            self._questions.abandon()
         if self.calls is not None:
             self.calls.abandon(self)
 
@@ -148,9 +219,9 @@ class Request:
         if self.line is not None:
             value = {"command": self.line, "result": value}
         try:
-            return self._answer("command_response", value, self.ack)
+            return self.encode("command_response", value)
         except NOT_JSON:
-            return self.fail("command_failed", UNENCODABLE)
+            return self._special("command_response", value, self.ack)
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
         """The final answer of a request that did not succeed."""
@@ -158,9 +229,17 @@ class Request:
         if self.line is not None:
             error["command"] = self.line
         try:
-            return self._answer("error", {**error, **(data or {})}, self.ack)
+            return self.encode("error", {**error, **(data or {})})
         except NOT_JSON:
             return self.encode("error", {**error, "message": encodable(message)})
+
+    def _special(self, type: str, data: Any, ack: int | None) -> bytes | None:
+        """Send what JSON can't hold, such as bytes, in the door's own form, if it has one."""
+        try:
+            self.client.deliver_special(self._values(type, data), ack)
+        except NOT_JSON:
+            return self.fail("command_failed", UNENCODABLE)
+        return None
 
     def refuse(self, exc: BaseException) -> bytes | None:
         """The final answer of a request that met `exc`; a bug, ours or the program's, is logged."""
@@ -177,12 +256,19 @@ class Request:
 
     def progress(self, value: Any) -> None:
         """Send one report of the running command."""
+        data = {"command": self.line, "progress": value}
         try:
-            answer = self._answer("command_progress", {"command": self.line, "progress": value})
+            answer = self.encode("command_progress", data)
+            if answer is not None:
+                self.client.deliver(answer, None)
+        except NOT_JSON:
+            self._special_progress(data)
+
+    def _special_progress(self, data: dict[str, Any]) -> None:
+        try:
+            self.client.deliver_special(self._values("command_progress", data), None)
         except NOT_JSON:
             raise CommandFailed("progress can't be encoded as JSON") from None
-        if answer is not None:
-            self.client.deliver(answer, None)
 
     def deliver(self, answer: bytes | None) -> None:
         """Send the final answer, when it comes later than its request's own read."""
@@ -197,21 +283,18 @@ class Request:
 
         Raises TypeError or ValueError for what JSON can't hold.
         """
-        return encode_json(*self._values(type, data))
-
-    def _values(self, type: str, data: Any) -> list[Any]:
         envelope = {"type": type, "data": data}
         if self.id is not None:
             envelope["id"] = self.id
-        return [envelope]
-
-    def _answer(self, type: str, data: Any, ack: int | None = None) -> bytes | None:
-        """`encode`; what JSON can't hold, such as bytes, is sent in the door's own form."""
         try:
-            return self.encode(type, data)
+            return dumps(envelope)
         except TypeError:
-            self.client.deliver_special(self._values(type, data), ack)
-            return None
+            return dumps(envelope, option=OPT_NON_STR_KEYS)
+
+    def _values(self, type: str, data: Any) -> list[Any]:
+        """What an ack holds."""
+        envelope = {"type": type, "data": data}
+        return [envelope if self.id is None else {**envelope, "id": self.id}]
 
 
 def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes | None:

@@ -7,19 +7,24 @@ programs, and whoever calls a function of the program with a client's values.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, get_args
+
+from orjson import dumps, loads
 
 from karna.context import Context
 from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, Kind, kind_of
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
 from karna.words import stems_of
 
 _REQUIRED: Any = inspect.Parameter.empty
 Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of a function
+MAX_PARAMS = 1_000  # that a call gives by name, two microseconds each where **kwargs takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,9 @@ class Parameter:
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
         shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
-        if isinstance(self.default, str | int | float | None):
+        if isinstance(self.default, Enum):
+            shown["default"] = word_of(self.default)
+        elif isinstance(self.default, str | int | float | None):
             shown["default"] = self.default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
@@ -71,12 +78,35 @@ class Parameter:
             shown["option"] = self.label
         return shown
 
+    def schema(self, description: str) -> Schema | None:
+        """As JSON Schema tells it; None where JSON has no such value."""
+        if self.kind.schema is None:
+            return None
+        if self.is_repeated:
+            schema: Schema = {"type": "array", "items": without_null(self.kind.schema)}
+            schema |= {"minItems": 1} if self.is_required else {}
+        else:
+            schema = self.kind.schema | ({"default": self.default} if self._has_default else {})
+        return schema | ({"description": description} if description else {})
+
+    @property
+    def _has_default(self) -> bool:
+        """Is there a default that JSON can hold?"""
+        if self.default is None:
+            return self.kind.nullable
+        try:
+            return bool(loads(dumps(self.default)) == self.default)  # nan becomes null
+        except TypeError:
+            return False
+
     def convert(self, value: Any) -> Any:
         """Convert one word or JSON value; ValueError with a sentence for the caller."""
         try:
             return self.kind.convert(value)
         except ValueError as problem:
             shown = repr(value[:40]) if isinstance(value, str) else type(value).__name__
+            if isinstance(value, list):
+                shown = f"a list of {len(value)}"
             raise ValueError(f"{self.label} {problem}, not {shown}") from None
 
 
@@ -88,6 +118,10 @@ class Command:
     None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
     `params` instead. `inline` marks a plain function that never blocks and may be called at once,
     on the loop, without a task; functions with `yield` are `async def`.
+
+    For assistants: `tool` says whether it is one of their tools (None: a program's commands are,
+    built-in ones are not), `confirm` that a person has to agree to each call, `read_only` and
+    `destructive` what a call does, as a hint.
     Raises TypeError or ValueError, at registration, for what no command line could call.
     """
 
@@ -98,11 +132,16 @@ class Command:
         name: str | None = None,
         aliases: Sequence[str] = (),
         inline: bool = False,
+        tool: bool | None = None,
+        confirm: bool = False,
+        read_only: bool | None = None,
+        destructive: bool | None = None,
     ) -> None:
         if not callable(function):
-            raise TypeError(f"a command is made from a function, not from {function!r}")
+            hint = f"; its name goes into name={function!r}" if isinstance(function, str) else ""
+            raise TypeError(f"a command is made from a function, not from {function!r}{hint}")
         self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name = name or name_of(function)
         self.aliases = tuple(aliases)
         self.names = (self.name, *self.aliases)
         for each in self.names:
@@ -112,6 +151,11 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = stems_of(self.help)
         self.inline = inline
+        self.tool = tool
+        self.confirm = confirm
+        self.read_only = read_only
+        self.destructive = destructive
+        self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
         self.arguments = [each.describe() for each in self._by_name.values()]
@@ -188,6 +232,23 @@ class Command:
         return {"name": self.name, "usage": self.usage, "summary": self.summary,
                 "aliases": list(self.aliases), "arguments": self.arguments}  # fmt: skip
 
+    @functools.cached_property
+    def input_schema(self) -> Schema | None:
+        """What `bind` takes by name, as JSON Schema; None where JSON can't hold what it needs.
+
+        The top is always an object with properties: one tool without makes clients drop all.
+        """
+        described = _describe_parameters(self.help)
+        found = {name: each.schema(described.get(name, "")) for name, each in self._by_name.items()}
+        required = [each.name for each in self._required]
+        if any(found[name] is None for name in required):
+            return None
+        properties = {name: schema for name, schema in found.items() if schema is not None}
+        further = False if self._extra is None else self._extra.kind.schema
+        schema: Schema = {"type": "object", "properties": properties}
+        schema |= {"required": required} if required else {}
+        return schema | {"additionalProperties": True if further == {} else further or False}
+
     def usage_error(self, problem: str) -> UsageError:
         return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
 
@@ -248,6 +309,8 @@ class Command:
             given[self._repeated.name] = [self._repeated.convert(word) for word in further]
 
     def _bind_params(self, params: Mapping[str, Any], given: dict[str, Any]) -> None:
+        if len(params) > MAX_PARAMS:
+            raise ValueError(f"too many parameters: at most {MAX_PARAMS}")
         for name, value in params.items():
             parameter = self._by_name.get(name)
             if parameter is None:
@@ -267,6 +330,8 @@ class Command:
             given[parameter.name] = parameter.convert(value)
         elif value != []:
             values = value if isinstance(value, list) else [value]
+            if len(values) > MAX_ITEMS:
+                raise ValueError(f"{parameter.label} must have at most {MAX_ITEMS} items")
             given[parameter.name] = [parameter.convert(each) for each in values]
 
     def _arrange(self, given: dict[str, Any]) -> Bound:
@@ -280,6 +345,14 @@ class Command:
         return args, given  # what is left are options
 
 
+def _describe_parameters(text: str) -> dict[str, str]:
+    """What a docstring says of each parameter, in lines such as 'city: where to look'."""
+    return {match[1]: match[2] for match in _PARAMETER_LINE.finditer(text)}
+
+
+_PARAMETER_LINE = re.compile(r"^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$", re.MULTILINE)
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """A command with its arguments, ready to run once."""
@@ -289,8 +362,37 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def as_handler(function: Callable[..., Any], inline: bool) -> Command:
-    """An event handler in a Command's clothes: called with the values as they are."""
+def decorator(register: Callable[[str, Any], None], given: Any) -> Any:
+    """A decorator that registers functions, used bare or called with a name or without one.
+
+    given: the function, the name, or None. The name is by default the function's own.
+    """
+
+    def decorate(function: Any) -> Any:
+        register(given if isinstance(given, str) else name_of(function), function)
+        return function
+
+    if given is None or isinstance(given, str):
+        return decorate
+    if not callable(given):
+        raise TypeError(f"a name is a text, not {given!r}")
+    return decorate(given)
+
+
+def name_of(function: Any) -> str:
+    """The name that a function, or another thing to be called, was given where it was made."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+# What handlers are called with: of any other event with the client and the event's own values.
+LIFE_EVENTS = {"connect": ("client", "auth"), "disconnect": ("client", "reason")}
+
+
+def as_handler(function: Callable[..., Any], inline: bool, event: str = "") -> Command:
+    """An event handler in a Command's clothes: called with the values as they are.
+
+    Raises TypeError for one that could not be called with them.
+    """
 
     async def call_async(*args: Any) -> Any:
         return await function(*args)
@@ -298,5 +400,22 @@ def as_handler(function: Callable[..., Any], inline: bool) -> Command:
     def call(*args: Any) -> Any:
         return function(*args)
 
+    _check_handler(function, event)
     is_async = inspect.iscoroutinefunction(function)
-    return Command(call_async if is_async else call, name="handler", inline=inline)
+    command = Command(call_async if is_async else call, name="handler", inline=inline)
+    command.is_handler = True
+    return command
+
+
+def _check_handler(function: Callable[..., Any], event: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some written in C tell none
+        return
+    values = LIFE_EVENTS.get(event)
+    bind = signature.bind if values else signature.bind_partial
+    try:
+        bind(*(values or ("client",)))
+    except TypeError:
+        wanted = ", ".join(values or ("client", "*args"))
+        raise TypeError(f"a handler of {event!r} takes ({wanted}), not {signature}") from None

@@ -22,14 +22,11 @@ Touches the hub it belongs to and the door it has; used by the doors and by the 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Iterable
 from time import perf_counter
 from typing import Any, cast
 
 from websockets.asyncio.server import Server as WebSocketServer
-from websockets.asyncio.server import ServerConnection
 from websockets.frames import BINARY, CONT, TEXT, CloseCode, Frame
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -47,61 +44,41 @@ from karna.errors import FAULTS
 from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
 from karna.reader import FLUSH_BYTES, EpollReader
+from karna.sender import Sender
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
 MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others...
 SHARE_S = 0.001  # ...as it does after this long
-FLUSH_FRAMES = 64  # joined into one write before it leaves
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 
 _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
 
-def peer_address(transport: asyncio.BaseTransport) -> str:
-    """The IP address at the other end; empty for a Unix socket, or once it is closed."""
-    name = transport.get_extra_info("peername")
-    return str(name[0]) if isinstance(name, tuple) else ""
-
-
-class Connection(ServerConnection):
+class Connection(Sender):
     """One socket, from its first byte to its close."""
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
-        "_drained", "_holds", "_need", "_parts", "_parts_are_text", "_queue", "_tail", "allowance",
-        "calls", "deadline", "door", "fd", "forwarded_for", "heard", "hub", "is_queueing",
-        "leaving", "loop", "name", "next_ping", "phase", "pinged_at", "protocol", "reader",
-        "transport", "waiting", "waiting_bytes",
+        "_need", "_parts", "_parts_are_text", "_tail", "calls", "deadline", "door", "heard",
+        "leaving", "next_ping", "pinged_at", "protocol", "reader", "waiting", "waiting_bytes",
     )  # fmt: skip
 
     def __init__(
         self, hub: Hub, protocol: ServerProtocol, server: WebSocketServer, **options: Any
     ) -> None:
-        # Not super(): it makes futures, queues and loggers for the machinery we go around, 2 KiB
-        # and 10 microseconds a client.
+        super().__init__(hub)
         self.protocol = protocol
-        self.loop = asyncio.get_running_loop()
-        self.hub = hub
-        self.name = f"c{next(hub.names)}"  # in logs
-        self.phase = Phase.HTTP
         self.deadline = self.loop.time() + hub.config.open_timeout_s
         self.heard = True
-        self.forwarded_for: str | None = None  # its peer's address, where a proxy is trusted
-        self.fd = -1  # of its socket, if we may use that ourselves
         self.reader: EpollReader | None = None  # who reads it in place of the transport
         self.next_ping = NEVER
         self.pinged_at: float | None = None
-        self.allowance = 0  # unsent bytes beyond the limit: a replay is no fault of the client's
         self.calls: Any = None  # what its clients have running and waiting, while there is any
         self.leaving = 0  # its disconnect handlers that run
         self.waiting = 0  # requests, all namespaces together, that wait for a command to end
         self.waiting_bytes = 0
-        self.is_queueing = False  # until the next flush frames are queued, to leave together
-        self._queue: list[bytes] = []
-        self._drained: asyncio.Future[None] | None = None
-        self._holds = 0
         self._tail: bytearray | None = None  # what arrived of the next frame or request
         self._need = 0  # bytes that `_tail` must have before another look at it is worth while
         self._parts: list[bytes] | None = None  # of a fragmented message
@@ -112,22 +89,6 @@ class Connection(ServerConnection):
     def is_dispensable(self) -> bool:
         """May it give way to a newcomer, if it has not been let in?"""
         return self.phase is not Phase.HTTP or self.door.is_idle
-
-    @property
-    def peer(self) -> str:
-        """The IP address at the other end; empty for a Unix socket."""
-        return peer_address(self.transport)
-
-    @property
-    def is_near(self) -> bool:
-        """Is its peer on this machine, by loopback or a Unix socket?"""
-        address = self.peer
-        return not address or address.startswith("127.") or address == "::1"
-
-    @property
-    def who(self) -> str:
-        """As logs name it: with its peer's address, or what a trusted proxy says that is."""
-        return f"{self.name} {self.forwarded_for or self.peer or ''}".rstrip()
 
     # What asyncio calls.
 
@@ -159,7 +120,7 @@ class Connection(ServerConnection):
             self.reader.remove(self)
         self.fd = -1  # it may soon be another's
         if self.phase in (Phase.HTTP, Phase.OPEN):
-            self.door.leave()
+            self.door.end()
         self.phase = Phase.CLOSED
         self.deadline = NEVER
         self._holds = HOLD_CLOSED
@@ -358,96 +319,12 @@ class Connection(ServerConnection):
             self.protocol.fail(code, reason)
         self._send_library_data()
 
-    # Messages to frames.
-
-    def send_frame(self, frame: bytes, *, is_delivery: bool = False) -> None:
-        """Send one or more frames, behind the answers of this read or of this turn of the loop.
-
-        Never waits. A client whose unsent bytes are over its limit gets no more: it is dropped.
-        """
-        if self.phase is not _OPEN:
-            return
-        if self._holds & HOLD_WRITES and self.is_behind:
-            return self._drop_slow()
-        if not self.is_queueing:
-            self.is_queueing = True
-            self.loop.call_soon(self.flush)
-        self._queue.append(frame)
-        if is_delivery:
-            self.hub.messages_out -= 1  # the flush will count it, and so do deliveries
-        if len(frame) > FLUSH_BYTES or len(self._queue) >= FLUSH_FRAMES:
-            self.flush()
-            self.is_queueing = True  # as the read or the callback that will flush the rest expects
-
-    def _drop_slow(self) -> None:
-        """It reads too slowly: it gets no more, and may come back through its offset."""
-        self.hub.drop(self.who, "slow")
-        limit = self.hub.config.max_unsent_bytes
-        self.close(CloseCode.TRY_AGAIN_LATER, f"over {limit} bytes unread (--max-unsent)")
-
-    def write(self, data: bytes) -> None:
-        """Give the socket what it takes at once, and the transport the rest."""
-        fd = self.fd
-        if fd < 0 or self._holds & HOLD_WRITES:
-            return self.transport.write(data)
-        try:
-            sent = os.write(fd, data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return self.abort()  # the peer is gone
-        if sent < len(data):
-            self.transport.write(memoryview(data)[sent:])
-
     def abort(self) -> None:
         """Cut the connection; nothing that has arrived is read any more."""
         if self.reader is not None:
             self.reader.remove(self)
         self._holds |= HOLD_CLOSED
         self.transport.abort()
-
-    def allow(self, size: int) -> None:
-        """That much more may be unsent: it was asked for, and is no sign of a slow client."""
-        self.allowance = size + (0 if self.is_writable else self.allowance)
-
-    @property
-    def is_behind(self) -> bool:
-        """Has its socket left more bytes untaken than it may?"""
-        limit = self.hub.config.max_unsent_bytes + self.allowance
-        return self.transport.get_write_buffer_size() > limit
-
-    @property
-    def is_writable(self) -> bool:
-        """Does the client read as fast as we write?"""
-        return not self._holds & HOLD_WRITES
-
-    async def written(self) -> None:
-        """Wait while the client reads more slowly than we write to it; let others have a turn."""
-        await self.hub.turns.breathe()
-        if self._holds & HOLD_WRITES and self.phase is _OPEN:
-            if self._drained is None:
-                self._drained = self.loop.create_future()
-            await asyncio.shield(self._drained)
-
-    def _wake_writers(self) -> None:
-        if self._drained is not None:
-            self._drained.set_result(None)
-            self._drained = None
-
-    def flush(self) -> None:
-        """Write what is queued, in one piece."""
-        self.is_queueing = False
-        queue, hub = self._queue, self.hub
-        count = len(queue)
-        if count == 1:
-            frames = queue.pop()
-        elif count:
-            frames = b"".join(queue)
-            queue.clear()
-        if count and self.phase is _OPEN:
-            hub.messages_out += count
-            hub.bytes_out += len(frames)
-            self.write(frames)
 
     def _send_library_data(self) -> None:
         """Write what the library has to say, behind our own answers; follow it into closing."""
@@ -592,7 +469,7 @@ class Connection(ServerConnection):
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
         self.hub.seats.discard(self)
-        self.door.leave()
+        self.door.end()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:
             self._resume_reading()  # for the peer's own close frame
@@ -600,23 +477,3 @@ class Connection(ServerConnection):
         tail, self._tail = self._tail, None
         if tail:
             self._read_late(bytes(tail))
-
-
-def write_all(connections: Iterable[Connection], frames: bytes) -> None:
-    """Write the same frames to each connection, without waiting for any."""
-    write, size, written, hub = os.write, len(frames), 0, None
-    for connection in connections:
-        hub = connection.hub
-        if connection._holds or connection.is_queueing:
-            connection.send_frame(frames, is_delivery=True)
-            continue
-        written += 1
-        try:
-            sent = write(connection.fd, frames)  # as Connection.write, without the call
-        except OSError:  # it takes nothing now, is gone, or its transport has to write
-            connection.write(frames)
-        else:
-            if sent < size:
-                connection.transport.write(memoryview(frames)[sent:])
-    if hub is not None:
-        hub.bytes_out += size * written  # those of the others count when they leave

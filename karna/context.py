@@ -42,13 +42,14 @@ class Context:
         self._report: Any = None  # the future a thread waits for in report()
 
     async def progress(self, value: Any) -> None:
-        """Report from an `async def` command; waits while the client is slow to read."""
+        """Report from an `async def` command; waits while the client is slow to read.
+
+        In a loop it lets others have their turn, and the command's time limit come.
+        """
         if self._ended:
             raise CommandFailed("the command has ended")
-        if self._send is not None:
-            waiting = self._send(value)
-            if waiting is not None:
-                await waiting
+        waiting = None if self._send is None else self._send(value)
+        await (asyncio.sleep(0) if waiting is None else waiting)
 
     def report(self, value: Any) -> None:
         """Report from a plain `def` command, in its thread; blocks until the value is taken."""

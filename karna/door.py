@@ -63,6 +63,6 @@ class Door:
         """The connection's deadline has passed: heartbeat, or time-outs of the door's own."""
         raise NotImplementedError
 
-    def leave(self) -> None:
+    def end(self) -> None:
         """The connection closes: cancel what runs for it."""
         raise NotImplementedError

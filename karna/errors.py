@@ -115,10 +115,18 @@ class StartError(Exception):
 def explain(error: BaseException) -> str:
     """An exception's text, or its type's name when it has none (or cannot tell)."""
     try:
-        text = str(error)
-    except FAULTS:  # whatever its __str__ does
+        text = str(error)[:MAX_ERROR_CHARS]
+    except BaseException:  # whatever its __str__ does; it is a program's, like the error itself
         text = ""
-    return text[:MAX_ERROR_CHARS] or type(error).__name__
+    return text or type(error).__name__
+
+
+def name_stray(error: InvalidParams, message: Mapping[str, Any], names: Any) -> InvalidParams:
+    """The error, with a word about a parameter (one of `names`) that stands beside `params`."""
+    stray = next((name for name in names or () if name in message and name != "id"), None)
+    if stray is None:
+        return error
+    return InvalidParams(f'{error}; "{stray}" stands outside "params"', **error.data)
 
 
 def as_request_error(error: BaseException) -> RequestError:

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 
+from typing import NamedTuple
+
 from orjson import dumps, loads
 
 MAX_REPLAY_HEAD_BYTES = 400  # frame, event, namespace and offset around an envelope
@@ -34,6 +36,14 @@ def parse_offset(text: str) -> Position:
     return int(match[1]), int(match[2])
 
 
+class Entry(NamedTuple):
+    """One broadcast: its envelope as sent, and whom it is for."""
+
+    offset: str
+    envelope: bytes
+    group: str | None = None  # of clients; None: everybody
+
+
 class History:
     """The latest broadcasts, each under its offset; bounded by count and by bytes.
 
@@ -45,23 +55,23 @@ class History:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.bytes = 0
-        self.entries: deque[tuple[str, bytes]] = deque()
+        self.entries: deque[Entry] = deque()
         self.last = base
         self._base = self._newest = parse_offset(base)
         self._positions: deque[Position] = deque()  # of the entries
 
-    def append(self, offset: str, envelope: bytes) -> None:
+    def append(self, offset: str, envelope: bytes, group: str | None = None) -> None:
         """Add the newest broadcast; its offset is above all before."""
         self._newest = parse_offset(offset)
         self._positions.append(self._newest)
-        self.entries.append((offset, envelope))
+        self.entries.append(Entry(offset, envelope, group))
         self.last = offset
         self.bytes += len(envelope)
         while len(self.entries) > self.max_messages or self.bytes > self.max_bytes:
             self._base = self._positions.popleft()
-            self.bytes -= len(self.entries.popleft()[1])
+            self.bytes -= len(self.entries.popleft().envelope)
 
-    def since(self, offset: str) -> list[tuple[str, bytes]] | None:
+    def since(self, offset: str) -> list[Entry] | None:
         """What followed `offset`, oldest first; None when that is unknown or too old."""
         try:
             position = parse_offset(offset)
@@ -80,19 +90,30 @@ def with_offset(body: bytes, offset: str) -> bytes:
     return b'%b,"offset":"%b"}' % (body[:-1], offset.encode())
 
 
-def checked_entry(body: bytes, max_bytes: int) -> bytes:
-    """A broadcast as another process put it into the backplane. Raises ValueError if it is none."""
+def with_group(body: bytes, group: str | None) -> bytes:
+    """A broadcast as it is put into the backplane; undone by `checked_entry`."""
+    return body if group is None else b'%b,"to":%b}' % (body[:-1], dumps(group))
+
+
+def checked_entry(body: bytes, max_bytes: int) -> tuple[bytes, str | None]:
+    """A broadcast as another process put it into the backplane, and the group it is for.
+
+    Raises ValueError if it is none.
+    """
     if len(body) > max_bytes:
         raise ValueError("too large")
     value = loads(body)
     if not isinstance(value, dict) or not isinstance(value.get("type"), str) or "data" not in value:
         raise ValueError("not a broadcast")
+    group = value.get("to")
+    if not isinstance(group, str | None):
+        raise ValueError("not a broadcast")
     try:
-        return dumps({"type": value["type"], "data": value["data"]})
+        return dumps({"type": value["type"], "data": value["data"]}), group
     except TypeError as error:  # it reads deeper nesting than it writes
         raise ValueError(str(error)) from None
 
 
-def replay_bytes(missed: Iterable[tuple[str, bytes]]) -> int:
+def replay_bytes(missed: Iterable[Entry]) -> int:
     """About what a replay takes on the wire."""
-    return sum(len(envelope) + MAX_REPLAY_HEAD_BYTES for _, envelope in missed)
+    return sum(len(each.envelope) + MAX_REPLAY_HEAD_BYTES for each in missed)

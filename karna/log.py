@@ -52,7 +52,10 @@ class LogGate:
 
 def describe_error(exc: BaseException) -> str:
     """A traceback of printable, indented lines: its text can't forge a line of the log."""
-    lines = "".join(traceback.format_exception(exc)).splitlines()
+    try:
+        lines = "".join(traceback.format_exception(exc)).splitlines()
+    except BaseException:  # it looks at the error's attributes, and those of what it is about
+        return "  | its traceback can't be shown"
     if len(lines) > MAX_TRACEBACK_LINES:
         lines = [*lines[:5], "...", *lines[5 - MAX_TRACEBACK_LINES :]]
     return "\n".join(f"  | {printable(line)}" for line in lines)

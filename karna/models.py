@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import re
 import socket
@@ -26,8 +27,41 @@ Value = TypeVar("Value")
 Report = Callable[[Any], None]  # of one token, called in a thread
 
 
+MAX_MODEL_BYTES = 4 * 1024 * 1024  # of one answer, its heads, chunks and trailers included
 MAX_MODEL_LINE_BYTES = 256 * 1024  # one event of a stream holds one token, or few
-MAX_MODEL_BYTES = 4 * 1024 * 1024  # of one answer
+MAX_MODEL_JSON_BYTES = 1024 * 1024  # of one value; to parse it no other thread runs, up to 70 ms
+MAX_MODEL_NAME_CHARS = 200  # it is in each answer
+
+
+class _BoundedFile(io.RawIOBase):
+    """What a socket gives, up to MAX_MODEL_BYTES."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._left = MAX_MODEL_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        count: int | None = self._raw.readinto(buffer)
+        self._left -= count or 0
+        if self._left < 0:
+            raise HTTPException(f"longer than {MAX_MODEL_BYTES // 2**20} MiB")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _BoundedResponse(HTTPResponse):
+    """One whose endless parts end: `100 Continue` again and again, chunk extensions, trailers."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        raw = _BoundedFile(self.fp.detach())
+        self.fp = io.BufferedReader(raw)
 
 
 class ModelExchange:
@@ -48,6 +82,7 @@ class ModelExchange:
     def send(self, method: str, path: str, body: bytes | None = None) -> HTTPResponse:
         """Connect, send one request, and return the answer's head if it is a 200."""
         connection = self._server.connect()
+        connection.response_class = _BoundedResponse
         self.cleanup.callback(connection.close)
         try:
             connection.connect()
@@ -175,9 +210,9 @@ def _model_error(value: Any) -> str:
 
 
 def _read_bounded(response: HTTPResponse) -> Any:
-    data = response.read(MAX_MODEL_BYTES + 1)
-    if len(data) > MAX_MODEL_BYTES:
-        raise ValueError("longer than 4 MiB")
+    data = response.read(MAX_MODEL_JSON_BYTES + 1)
+    if len(data) > MAX_MODEL_JSON_BYTES:
+        raise ValueError(f"longer than {MAX_MODEL_JSON_BYTES // 2**20} MiB")
     if response.length:  # a plain read(n) does not tell
         raise Unavailable("its answer broke off")
     return _json_of(data)
@@ -189,7 +224,11 @@ def _list_models(exchange: ModelExchange) -> list[str]:
         names = [each["id"] for each in answer["data"]]
     except (KeyError, TypeError):
         raise ValueError("no list of models") from None
-    return [name for name in names if isinstance(name, str) and name]
+    return [name for name in names if isinstance(name, str) and _is_name(name)]
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= MAX_MODEL_NAME_CHARS and text.isprintable()
 
 
 def _read_chat(exchange: ModelExchange, body: bytes, report: Report | None) -> str:
@@ -218,11 +257,9 @@ _DONE = {"choices": [{"finish_reason": "stop"}]}
 
 def _read_events(response: HTTPResponse) -> Iterator[Any]:
     """The JSON of each `data:` line of an event stream, up to [DONE] or its end."""
-    total = 0
     while line := response.readline(MAX_MODEL_LINE_BYTES + 1):
-        total += len(line)
-        if len(line) > MAX_MODEL_LINE_BYTES or total > MAX_MODEL_BYTES:
-            raise ValueError("too long")
+        if len(line) > MAX_MODEL_LINE_BYTES:
+            raise ValueError("an event is too long")
         if not line.startswith(b"data:"):
             continue  # an empty line, a comment, another field
         data = line[5:].strip()

@@ -15,8 +15,7 @@ import re
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from shutil import which
 from typing import Any
 
@@ -45,6 +44,7 @@ def program_command(name: str, path: str | None = None) -> Command:
 async def run_program(path: str, arguments: Sequence[str], context: Context) -> dict[str, Any]:
     """Run a program to its end, reporting {"stream", "line"} for each line of its output.
 
+    Where lines come faster than REPORTS_A_SECOND, "line" holds several, and the program waits.
     The result is {"exit_code", "output", "truncated"}, and {"signal"} when one ended it (then the
     code is negative). When this coroutine is cancelled the whole process group is ended.
     Raises UsageError for arguments no program can take, Unavailable when it cannot be started.
@@ -62,14 +62,12 @@ async def run_program(path: str, arguments: Sequence[str], context: Context) -> 
     except OSError as error:
         raise Unavailable(f"cannot start the program: {error.strerror or error}") from None
     _programs.add(transport)
-    output = ProgramOutput()
+    output, pace = ProgramOutput(), Pace()
     try:
-        async for stream, data in watch.chunks():
-            for line in output.add(stream, data):
-                await context.progress({"stream": stream, "line": line})
-            await asyncio.sleep(0)  # a flood of lines must not stall the other clients
+        async for chunks in watch.batches():
+            await _report(output.add_all(chunks), pace, context)
         for stream, line in output.rest():
-            await context.progress({"stream": stream, "line": line})
+            await _report({stream: [line]}, pace, context)
     finally:
         await _end_program(transport, watch)
     exit_code = transport.get_returncode() or 0
@@ -80,8 +78,52 @@ async def run_program(path: str, arguments: Sequence[str], context: Context) -> 
     return result
 
 
+REPORTS_A_SECOND = 20  # of one program; a person reads no faster, and others share the loop
+REPORTS_AT_ONCE = 20  # that one which was silent for a second has saved
+
+
+class Pace:
+    """How many reports a program may send now; each second it earns some more."""
+
+    def __init__(self) -> None:
+        self._saved: float = REPORTS_AT_ONCE
+        self._since = time.monotonic()
+
+    def count_allowed(self) -> int:
+        """How many may be sent without waiting."""
+        now = time.monotonic()
+        earned = (now - self._since) * REPORTS_A_SECOND
+        self._saved, self._since = min(self._saved + earned, REPORTS_AT_ONCE), now
+        return int(self._saved)
+
+    async def wait(self) -> None:
+        """Wait until one more report is allowed, and count it."""
+        while not self.count_allowed():
+            await asyncio.sleep((1 - self._saved) / REPORTS_A_SECOND)
+        self._saved -= 1
+
+
+async def _report(lines: Mapping[str, list[str]], pace: Pace, context: Context) -> None:
+    """Report lines of each stream: one by one, or joined when there are more than is allowed."""
+    for stream, found in lines.items():
+        for text in found if len(found) <= pace.count_allowed() else _joined(found):
+            await pace.wait()
+            await context.progress({"stream": stream, "line": text})
+
+
+def _joined(lines: list[str]) -> Iterator[str]:
+    """As many lines together as MAX_LINE_CHARS hold."""
+    text, at = "\n".join(lines), 0
+    while len(text) - at > MAX_LINE_CHARS:
+        end = text.rindex("\n", at, at + MAX_LINE_CHARS + 1)  # no line alone is longer
+        yield text[at:end]
+        at = end + 1
+    yield text[at:]
+
+
 PIPE_WAIT_S = 1.0  # for pipes that a child of an ended program still holds
 MAX_UNREAD_BYTES = 64 * 1024  # of a program's output in memory before reading pauses
+CHUNK_BYTES = 1024  # added for each: the pipe itself gathers short ones better
 
 
 class ProgramWatch(asyncio.SubprocessProtocol):
@@ -93,7 +135,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
 
     def __init__(self) -> None:
         self._transport: Any = None
-        self._chunks: deque[tuple[int, bytes]] = deque()
+        self._chunks: list[tuple[int, bytes]] = []
         self._unread = 0
         self._open = {1, 2}
         self._is_paused = self._discards = self._has_exited = False
@@ -106,7 +148,7 @@ class ProgramWatch(asyncio.SubprocessProtocol):
         if self._discards:
             return
         self._chunks.append((fd, data))
-        self._unread += len(data)
+        self._unread += len(data) + CHUNK_BYTES
         self._pause(self._unread > MAX_UNREAD_BYTES)
         self._news.set()
 
@@ -136,17 +178,16 @@ class ProgramWatch(asyncio.SubprocessProtocol):
     def is_over(self) -> bool:
         return self._has_exited and not self._open
 
-    async def chunks(self) -> AsyncIterator[tuple[str, bytes]]:
-        """("stdout" or "stderr", bytes) in order of arrival, until the program has ended.
+    async def batches(self) -> AsyncIterator[list[tuple[str, bytes]]]:
+        """All ("stdout" or "stderr", bytes) there are, in order of arrival, until the program ends.
 
         Children that outlive it and hold its pipes are waited for PIPE_WAIT_S in all.
         """
         patience = PIPE_WAIT_S
         while True:
             while self._chunks:
-                fd, data = self._chunks.popleft()
-                self._unread -= len(data)
-                yield ("stdout" if fd == 1 else "stderr"), data
+                chunks, self._chunks, self._unread = self._chunks, [], 0
+                yield [("stdout" if fd == 1 else "stderr", data) for fd, data in chunks]
             self._pause(False)
             if self.is_over or patience <= 0:
                 return
@@ -177,17 +218,28 @@ class ProgramOutput:
         self.kept = ""
         self.is_truncated = False
 
+    def add_all(self, chunks: Iterable[tuple[str, bytes]]) -> dict[str, list[str]]:
+        """The lines of each stream that these chunks complete."""
+        lines: dict[str, list[str]] = {}
+        for stream, data in chunks:
+            lines.setdefault(stream, []).extend(self.add(stream, data))
+        return lines
+
     def add(self, stream: str, data: bytes, final: bool = False) -> list[str]:
-        """The lines that `data` completes; a line longer than MAX_LINE_CHARS is split."""
+        """The lines that `data` completes; a line longer than MAX_LINE_CHARS is split.
+
+        Nothing here is done for each line but by str itself: there may be a flood of them.
+        """
         text = self._rest[stream] + self._decoders[stream].decode(data, final)
-        *lines, rest = text.split("\n")
-        parts = [part for line in lines for part in _cut(line.removesuffix("\r"))]
+        *lines, rest = text.replace("\r\n", "\n").split("\n")
+        if max(map(len, lines), default=0) > MAX_LINE_CHARS:
+            lines = [part for line in lines for part in _cut(line)]
         *more, rest = _cut(rest)
         if final and rest:
             more, rest = [*more, rest], ""
         self._keep(text[: len(text) - len(rest)])
         self._rest[stream] = rest
-        return parts + more
+        return lines + more
 
     def rest(self) -> list[tuple[str, str]]:
         """The last lines, which no newline ended."""

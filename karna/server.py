@@ -11,11 +11,12 @@ import asyncio
 import functools
 import time
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
 from websockets.frames import CloseCode
 
-from karna.broadcasts import BroadcastHub
+from karna.admission import AdmissionHub
 from karna.config import Config
 from karna.connection import Connection
 from karna.door import Phase
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
 SHUTDOWN_CLOSE_S = 2.0  # a peer that ignores our close must not hold up a restart
 CANCEL_S = 5.0  # for cancelled commands to clean up; work.CANCEL_WAIT_S is inside
-BACKPLANE_S = 2.0  # to load history from Redis before the first client is let in
+BACKPLANE_S = 1.0  # to load history from Redis before the first client is let in
+# Is this code run by the loading of a program's file? Serving would begin before that is over.
+is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 
 
-class ServedHub(BroadcastHub):
+class ServedHub(AdmissionHub):
     """What the server needs of the manager at the top."""
 
     services: dict[str, Service]
@@ -71,6 +74,9 @@ class Server:
     async def start(self) -> None:
         """Bind, then start the services. Raises StartError, in one line that names the mend."""
         manager = self.manager
+        if is_loading.get():
+            guard = 'if __name__ == "__main__":'
+            raise StartError(f"karna_ws.py serves this file: put its own serving under `{guard}`")
         if manager.loop is not None:
             raise StartError("this manager is served already")
         manager.configure(self.config)
@@ -91,7 +97,7 @@ class Server:
             if manager.backplane is not None:
                 # Clients that come back at once would else find no history, as without Redis.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(manager.backplane.is_loaded.wait(), BACKPLANE_S)
+                    await asyncio.wait_for(manager.backplane.has_tried.wait(), BACKPLANE_S)
             await self.listener.start_accepting()
         except BaseException:  # cancelled: nobody has this server yet to close it
             await self.close()

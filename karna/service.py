@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
 from karna.errors import Unavailable, explain
-from karna.log import log
+from karna.log import describe_error, log
 from karna.text import one_line, utc_now
 from karna.work import Tasks
 
@@ -64,8 +64,8 @@ class Service:
             self.touch()
             if self.on_change is not None:
                 self.on_change(self)
-        except Exception:  # ours, not the service's: it must not end the watching
-            log.exception("a callback of service %s raised", self.name)
+        except Exception as error:  # ours, not the service's: it must not end the watching
+            log.error("a callback of service %s raised\n%s", self.name, describe_error(error))
 
     def touch(self) -> None:
         """Tell that `get_status` answers differently now."""
@@ -139,7 +139,7 @@ class Monitor:
         if job.is_late:
             return Unavailable(f"no answer to {action.__name__} within {self.timeout_s:g} s")
         if job.error is not None:
-            log.debug("a service raised", exc_info=job.error)
+            log.debug("service %s raised\n%s", service.name, describe_error(job.error))
         return job.error
 
     def _delay_s(self, failures: int) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -21,12 +21,12 @@ from websockets.frames import CloseCode
 
 from karna.calls import Client, Request
 from karna.connection import Connection
-from karna.door import HOLD_CONNECT, Door
+from karna.door import HOLD_CONNECT, NEVER, Door
 from karna.envelopes import encode_json
 from karna.errors import BadPacket, RequestError
 from karna.frames import ENGINE_PING_FRAME, frame_binary, frame_text
 from karna.head import Head
-from karna.history import replay_bytes
+from karna.history import Entry, replay_bytes
 from karna.packets import (
     EVENT_KINDS,
     MAX_ACK_DIGITS,
@@ -57,13 +57,14 @@ class SocketIoClient(Client):
     keeps it on any node. The id is known before the connect handler is asked.
     """
 
-    __slots__ = ("_held", "_wanted", "ack_head", "event_head", "namespace", "pid", "session")
+    __slots__ = ("_held", "ack_head", "event_head", "namespace", "pid", "session")
     door = "socket.io"
 
     def __init__(self, session: SocketIoSession, namespace: str, auth: dict[str, Any]) -> None:
         hidden = {key: auth.pop(key, None) for key in ("pid", "offset")}
-        self.pid, self._wanted = _recovery_of(**hidden)
+        self.pid, since = _recovery_of(**hidden)
         super().__init__(session.connection, session.manager, _public_id(self.pid))
+        self.since = since if self.manager.recovers else None
         self.session = session
         self.namespace = namespace
         self.auth = auth
@@ -84,21 +85,17 @@ class SocketIoClient(Client):
 
     # Who comes in.
 
-    @property
-    def since(self) -> str | None:
-        """What it saw last, or else was given with its pid; None if it does not come back."""
-        return self._wanted if self.manager.recovers else None
-
-    def welcome(self, missed: Sequence[tuple[str, bytes]] | None) -> None:
+    def welcome(self, missed: list[Entry] | None) -> None:
         """Send what the client missed, the CONNECT answer, and what was held back for it.
 
         missed: None where it does not recover.
         """
         held, self._held = self._held or (), None
+        self.session.connect_deadline = NEVER
         self.connection.allow(replay_bytes(missed or ()))
         self.session.connected[encode_namespace(self.namespace)] = self
-        for each, envelope in missed or ():
-            self.send_missed(each, envelope)
+        for entry in missed or ():
+            self.send_missed(entry)
         answer = {"sid": self.id}
         if self.manager.recovers:
             if missed is None:  # with its old pid it would take itself for recovered
@@ -109,10 +106,10 @@ class SocketIoClient(Client):
         for frame in held:
             self.send_frame(frame)
 
-    def send_missed(self, offset: str, envelope: bytes) -> None:
+    def send_missed(self, entry: Entry) -> None:
         """Send one broadcast of a replay: before the CONNECT answer, as its client wants it."""
-        frame = frame_text(encode_broadcast(self.event_head, envelope, offset))
-        self.connection.send_frame(frame)
+        text = encode_broadcast(self.event_head, entry.envelope, entry.offset)
+        self.connection.send_frame(frame_text(text))
 
     def refuse(self, message: str) -> None:
         """Answer its CONNECT with an error; it is no client any more."""
@@ -122,12 +119,25 @@ class SocketIoClient(Client):
     # What is sent.
 
     async def emit(self, event: str, *args: Any) -> None:
-        values = [event, *args]
-        if self.manager.recovers and isinstance(values[-1], str):
-            # socket.io-client takes an event's last string for its recovery offset.
-            values.append(self.manager.flushed)
-        self.send_packet(Packet(PacketType.EVENT, self.namespace, values))
+        ack = None
+        if self.manager.recovers and isinstance(args[-1] if args else event, str):
+            # socket.io-client takes an event's last string for its recovery offset; with an ack
+            # that nobody waits for, a function is the last.
+            ack = self.questions.next_number()
+        self.send_packet(Packet(PacketType.EVENT, self.namespace, [event, *args], ack))
         await self._sent()
+
+    def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
+        self.send_packet(Packet(PacketType.EVENT, self.namespace, [event, *args], number))
+
+    def answered(self, number: int | None, values: list[Any]) -> None:
+        """The ack of a question: one value as it is, several as a list, or an error envelope."""
+        value = values[0] if len(values) == 1 else values or None
+        error = None
+        if isinstance(value, dict) and value.get("type") == "error" and "data" in value:
+            data = value["data"]
+            error = data.get("message", data) if isinstance(data, dict) else data
+        self.questions.answer(number, value, error)
 
     async def disconnect(self, reason: str = "") -> None:
         """End this namespace's connection; the session may hold others."""
@@ -307,6 +317,9 @@ class SocketIoSession(Door):
     def _event(self, packet: Packet, size: int) -> bytes | None:
         return self.handle_event(self.clients[packet.namespace], packet.data, packet.ack, size)
 
+    def _ack(self, packet: Packet, size: int) -> None:
+        self.clients[packet.namespace].answered(packet.ack, packet.data)
+
     def _disconnect(self, packet: Packet, size: int) -> None:
         self.remove(self.clients[packet.namespace], "client namespace disconnect")
 
@@ -331,7 +344,7 @@ class SocketIoSession(Door):
             self.connected.pop(encode_namespace(client.namespace), None)
             self.left(client, reason)
 
-    def leave(self) -> None:
+    def end(self) -> None:
         self.pending, self.attachments = None, []
         for client in tuple(self.clients.values()):
             self.remove(client, "transport close")
@@ -359,8 +372,8 @@ _PACKET_HANDLERS: dict[tuple[Standing, PacketType], PacketHandler] = {
     (Standing.CONNECTED, PacketType.DISCONNECT): SocketIoSession._disconnect,
     (Standing.CONNECTED, PacketType.EVENT): SocketIoSession._event,
     (Standing.CONNECTED, PacketType.BINARY_EVENT): SocketIoSession._event,
-    (Standing.CONNECTED, PacketType.ACK): lambda session, packet, size: None,  # we ask for none
-    (Standing.CONNECTED, PacketType.BINARY_ACK): lambda session, packet, size: None,
+    (Standing.CONNECTED, PacketType.ACK): SocketIoSession._ack,
+    (Standing.CONNECTED, PacketType.BINARY_ACK): SocketIoSession._ack,
 }
 
 

@@ -6,13 +6,21 @@ Pure; uses errors. Used by command (the telling words of a docstring) and servic
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from itertools import chain
+from typing import Generic, Protocol, TypeVar
 
 from karna.errors import UsageError
 
-if TYPE_CHECKING:
-    from difflib import SequenceMatcher
+MAX_WORDS = 1_000  # of a command line: half a microsecond each to split off, two to convert
+SHORT_LINE_CHARS = 2 * MAX_WORDS  # can hold no more words than that
+MAX_PIECES = 4_000  # that quotes and blanks cut it into, a third of a microsecond each
+MAX_ESCAPES = 40_000  # backslashes in double quotes, 0.05 microseconds each
+TOO_MANY_WORDS = (
+    f"too many words or quotes: a command line has at most {MAX_WORDS} words; "
+    "a long text is one word in single quotes, or comes in params"
+)
 
 _PIECE = re.compile(
     r"""(?P<blank>[ \t\r\n]+) | (?P<plain>[^ \t\r\n"'\\]+) | '(?P<single>[^']*)'
@@ -24,30 +32,43 @@ _PIECE = re.compile(
 def split_words(line: str) -> list[str]:
     """Split a command line as a POSIX shell would: quotes and backslashes, nothing else.
 
-    Gives what shlex.split gives, but in microseconds a word: a line may be 1 MiB long.
-    Raises UsageError for a quote that is not closed.
+    Gives what shlex.split gives, but in a microsecond a word.
+    Raises UsageError for a quote that is not closed, and for what is beyond the limits above.
     """
     words: list[list[str]] = []  # each of its pieces: '' is a word, nothing is not
     is_between = True
-    for piece in _PIECE.finditer(line):
+    for count, piece in enumerate(_PIECE.finditer(line)):
         kind, text = piece.lastgroup, piece[piece.lastindex or 0]
+        if kind == "blank":
+            is_between = True
+            continue
         if kind == "stray":
             what = "nothing to escape" if text == "\\" else "no closing quote"
             where = f"after {text}, character {piece.start() + 1}"
             raise UsageError(f"the command line has {what} {where}")
-        if kind == "double":  # here a backslash escapes itself and the quote, nothing else
-            text = re.sub(r'\\(["\\])', r"\1", text)
-        if kind != "blank":
-            if is_between:
-                words.append([])
-            words[-1].append(text)
-        is_between = kind == "blank"
+        if kind == "double" and "\\" in text:
+            text = _unescaped(text)
+        if is_between:
+            words.append([])
+            is_between = False
+        words[-1].append(text)
+        if len(words) > MAX_WORDS or count > MAX_PIECES:
+            raise UsageError(TOO_MANY_WORDS)
     return ["".join(pieces) for pieces in words]
 
 
-MAX_INTERPRET_CHARS = 1_000  # of a text that is ranked: a person's sentence is shorter
-MAX_INTERPRET_WORDS = 32  # each is compared with each name, some microseconds a pair
-MIN_LIKENESS = 0.7  # below, as 'image' and 'time', two words have nothing to do with each other
+def _unescaped(text: str) -> str:
+    """In double quotes a backslash escapes itself and the quote, nothing else."""
+    if text.count("\\") > MAX_ESCAPES:
+        raise UsageError(TOO_MANY_WORDS)
+    return "\\".join([part.replace('\\"', '"') for part in text.split("\\\\")])
+
+
+MAX_TEXT_CHARS = 160  # of a text that is ranked: a sentence; each costs about 0.3 microseconds
+MAX_WORD_CHARS = 32  # of each of its words
+MAX_SHARED = 8  # commands that a spelling or a stem leads to: what more have tells little
+EXACT, NEAR = 0.7, 0.55  # what a word like a name counts; words of the docstring, up to 0.3
+MIN_SCORE = 0.1
 
 
 class Named(Protocol):
@@ -76,31 +97,64 @@ def stems_of(text: str) -> set[str]:
     return {word[:5] for word in re.findall(r"\w{3,}", text.lower())} - _COMMON_STEMS
 
 
-def rank(text: str, commands: Iterable[Item]) -> list[tuple[float, Item]]:
-    """Commands near to a free text, best first, each with a score above 0 and up to 1.
+def _spellings(word: str) -> list[str]:
+    """A word, and what is left of it without any one letter.
 
-    A word like a name or an alias counts most, words of the docstring less. The result depends on
-    nothing but its input; time is bounded by the limits on characters and words.
+    Two words of four letters or more share one when a letter of either is missing, wrong, or in
+    another place. Unlike a measure of distance this needs no comparison with every name.
     """
-    from difflib import SequenceMatcher  # not before the first mistake
-
-    text = text[:MAX_INTERPRET_CHARS].lower()
-    words, stems = re.findall(r"\w+", text)[:MAX_INTERPRET_WORDS], stems_of(text)
-    matchers = [SequenceMatcher(b=word, autojunk=False) for word in dict.fromkeys(words)]
-    ranked = []
-    for command in commands:
-        name = max((_likeness(m, n.lower()) for m in matchers for n in command.names), default=0.0)
-        told = len(stems & command.stems) / len(stems) if stems else 0.0
-        score = round(0.7 * name + 0.3 * min(told * 2, 1.0), 3)
-        if score >= 0.1:
-            ranked.append((score, command))
-    return sorted(ranked, key=lambda pair: (-pair[0], pair[1].name))
+    word = word[:MAX_WORD_CHARS]
+    without = range(len(word)) if len(word) > 3 else ()
+    return [word, *[word[:at] + word[at + 1 :] for at in without]]
 
 
-def _likeness(matcher: SequenceMatcher[str], name: str) -> float:
-    """How like a word is to a name: 0, or from MIN_LIKENESS to 1."""
-    matcher.set_seq1(name)
-    if matcher.real_quick_ratio() < MIN_LIKENESS or matcher.quick_ratio() < MIN_LIKENESS:
-        return 0.0  # cheap upper bounds first
-    ratio = matcher.ratio()
-    return ratio if ratio >= MIN_LIKENESS else 0.0
+def _beginnings(name: str) -> list[str]:
+    """What else a name is called by: its parts, and its beginnings from the half on."""
+    halves = range(max(3, (len(name) + 1) // 2), len(name))
+    return [*re.findall(r"[^\W_]+", name), *[name[:end] for end in halves]]
+
+
+class Ranking(Generic[Item]):
+    """Which commands a free text is near to: an index, so that only the text's length costs time.
+
+    It depends on nothing but its input.
+    """
+
+    def __init__(self, commands: Iterable[Item]) -> None:
+        self._commands = {each.name: each for each in sorted(commands, key=lambda each: each.name)}
+        self._exact: dict[str, str] = {}
+        self._near: dict[str, list[str]] = defaultdict(list)  # no list is longer than MAX_SHARED
+        self._stems: dict[str, list[str]] = defaultdict(list)
+        for command in self._commands.values():
+            for name in map(str.lower, command.names):
+                self._exact.setdefault(name, command.name)
+                _add(self._near, {*_spellings(name), *_beginnings(name)}, command.name)
+            _add(self._stems, command.stems, command.name)
+
+    def rank(self, text: str, limit: int) -> list[tuple[float, Item]]:
+        """The commands nearest to a text, best first, each with a score above 0 and up to 1.
+
+        A word like a name or an alias counts most, those of the docstring less.
+        """
+        text = text[:MAX_TEXT_CHARS].lower()
+        scores = self._likeness({*text.split(), *re.findall(r"\w+", text)})
+        stems = stems_of(text)
+        share = 0.6 / max(len(stems), 1)  # half of the stems are as good as all
+        told = Counter(chain.from_iterable(self._stems.get(stem, ()) for stem in stems))
+        for name, count in told.items():
+            scores[name] = scores.get(name, 0.0) + min(share * count, 0.3)
+        ranked = sorted([(-score, name) for name, score in scores.items() if score >= MIN_SCORE])
+        return [(round(-score, 3), self._commands[name]) for score, name in ranked[:limit]]
+
+    def _likeness(self, words: set[str]) -> dict[str, float]:
+        """How like some word is to the names of a command."""
+        near = (self._near.get(each, ()) for word in words for each in _spellings(word))
+        likeness = dict.fromkeys(chain.from_iterable(near), NEAR)
+        exact = (self._exact[word] for word in words if word in self._exact)
+        return likeness | dict.fromkeys(exact, EXACT)
+
+
+def _add(index: dict[str, list[str]], keys: Iterable[str], name: str) -> None:
+    for key in keys:
+        if len(index[key]) < MAX_SHARED and name not in index[key]:
+            index[key].append(name)

@@ -16,10 +16,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from karna.errors import RequestError, Unavailable, as_request_error, explain
-from karna.log import log
+from karna.log import describe_error, log
 from karna.text import one_line
 
 CANCEL_WAIT_S = 4.0  # cancelled work may clean up this long, then it is left behind
@@ -31,7 +32,7 @@ Value = TypeVar("Value")
 def failure_of(who: str, error: BaseException) -> RequestError:
     """What the caller of `who` is told of `error`; the operator sees a bug at level debug."""
     if not isinstance(error, RequestError) and log.isEnabledFor(logging.DEBUG):
-        log.debug("%s raised", who, exc_info=error)
+        log.debug("%s raised %s\n%s", who, type(error).__name__, describe_error(error))
     return as_request_error(error)
 
 
@@ -257,45 +258,104 @@ def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
 
 
 def _log_error(name: str, error: BaseException) -> None:
-    log.error("%s failed: %s", name, type(error).__name__, exc_info=error)
+    log.error("%s failed: %s\n%s", name, type(error).__name__, describe_error(error))
+
+
+OWNER_SHARE = 4  # an owner gets at most max_threads through this
+
+
+@dataclass(eq=False, slots=True)
+class _Errand:
+    """Work for a thread, and who hears of its end."""
+
+    owner: object
+    future: concurrent.futures.Future[Any]
+    work: Callable[[], Any]
+
+
+@dataclass(eq=False, slots=True)
+class _Share:
+    """What one owner has of the threads: how much, and what waits for its others to end."""
+
+    held: int = 0
+    waiting: deque[_Errand] = field(default_factory=deque)
 
 
 class ThreadPool:
     """At most `max_threads` daemon threads, started on demand and used again.
 
-    Unlike those of concurrent.futures they never hold the exit of the process. Work that waits for
-    a thread has no bound of its own: each client's running commands have one.
+    No owner can hold them all: what is past its share waits, and keeps nobody else from starting.
+    Work that goes on after its cancellation takes from the share until it ends by itself. Four
+    owners that do that to their whole shares leave no thread: others' work waits, and its time
+    limit goes on.
+    Unlike those of concurrent.futures the threads never hold the exit of the process. Work that
+    waits has no bound of its own: each client's running commands have one.
     """
 
     def __init__(self, max_threads: int, name: str) -> None:
         self.max_threads = max_threads
         self._name = name
-        self._waiting: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
+        self._waiting: deque[_Errand] = deque()  # for a thread
+        self._shares: dict[int, _Share] = {}  # by id: an owner need not be hashable
         self._news = threading.Condition()
         self._threads = self._idle = 0
         self._is_closed = False
 
-    async def call(self, work: Callable[[], Value]) -> Value:
+    async def call(self, work: Callable[[], Value], owner: object = None) -> Value:
         """Run `work` in a thread with this task's context variables; raises only RequestErrors.
 
+        owner: whose share it takes from; there is no bound for None.
         When the caller is cancelled, work that has not begun never begins; work that has keeps
-        its thread, and its place among `max_threads`, until it ends by itself.
+        its thread, and its place in the share, until it ends by itself.
         """
         future: concurrent.futures.Future[Value] = concurrent.futures.Future()
-        entry = future, functools.partial(contextvars.copy_context().run, work)
+        run = functools.partial(contextvars.copy_context().run, work)
+        errand = _Errand(owner, future, run)
         with self._news:
             if self._is_closed:
                 raise Unavailable("the server is stopping")
-            if self._idle <= len(self._waiting) and self._threads < self.max_threads:
-                self._start_thread()
-            self._waiting.append(entry)
-            self._news.notify()
+            self._submit(errand)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            with self._news, contextlib.suppress(ValueError):
-                self._waiting.remove(entry)
+            with self._news:
+                self._take_back(errand)
             raise
+
+    def _submit(self, errand: _Errand) -> None:
+        share = self._shares.get(id(errand.owner))
+        most = max(self.max_threads // OWNER_SHARE, 1)
+        if share is not None and share.held >= most and errand.owner is not None:
+            share.waiting.append(errand)
+            return
+        if self._idle <= len(self._waiting) and self._threads < self.max_threads:
+            self._start_thread()
+        self._queue(errand)
+
+    def _queue(self, errand: _Errand) -> None:
+        self._shares.setdefault(id(errand.owner), _Share()).held += 1
+        self._waiting.append(errand)
+        self._news.notify()
+
+    def _take_back(self, errand: _Errand) -> None:
+        """Forget work that has not begun."""
+        with contextlib.suppress(ValueError):  # it waits in one of both, or a thread has it
+            self._waiting.remove(errand)
+            return self._let_go(errand)
+        share = self._shares.get(id(errand.owner))
+        if share is not None:
+            with contextlib.suppress(ValueError):
+                share.waiting.remove(errand)
+        return None
+
+    def _let_go(self, errand: _Errand) -> None:
+        """Its owner holds one less, which the next of its own may have."""
+        share = self._shares[id(errand.owner)]
+        share.held -= 1
+        if share.waiting:
+            self._queue(share.waiting.popleft())
+        elif not share.held:
+            del self._shares[id(errand.owner)]
 
     def _start_thread(self) -> None:
         name = f"{self._name}-{self._threads + 1}"
@@ -311,20 +371,28 @@ class ThreadPool:
 
     def _does_next(self) -> bool:
         """Do what waits longest; False when nothing came for long, which ends the thread."""
+        errand = self._next()
+        if errand is None:
+            return False
+        if errand.future.set_running_or_notify_cancel():
+            try:
+                errand.future.set_result(errand.work())
+            except BaseException as error:  # SystemExit too: it ends neither thread nor process
+                failure = failure_of(threading.current_thread().name, error)
+                errand.future.set_exception(failure)
+        with self._news:
+            self._let_go(errand)
+        return True
+
+    def _next(self) -> _Errand | None:
         with self._news:
             self._idle += 1
             self._news.wait_for(lambda: self._waiting or self._is_closed, timeout=IDLE_THREAD_S)
             self._idle -= 1
-            if not self._waiting or self._is_closed:
-                self._threads -= 1
-                return False
-            future, work = self._waiting.popleft()
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(work())
-            except BaseException as error:  # SystemExit too: it ends neither thread nor process
-                future.set_exception(failure_of(threading.current_thread().name, error))
-        return True
+            if self._waiting and not self._is_closed:
+                return self._waiting.popleft()
+            self._threads -= 1
+            return None
 
     def open(self) -> None:
         """Take work, again after `close`."""
@@ -334,5 +402,8 @@ class ThreadPool:
         """Let idle threads end and take no more work; busy threads are abandoned."""
         with self._news:
             self._is_closed = True
-            self._waiting.clear()
+            for share in self._shares.values():
+                share.waiting.clear()
+            while self._waiting:
+                self._let_go(self._waiting.popleft())
             self._news.notify_all()

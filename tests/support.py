@@ -48,7 +48,8 @@ SERVER_FILE = ROOT / "karna_ws.py"
 
 
 MODULES = {
-    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "prometheus_client",
+    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mcp", "mypy",
+    "prometheus_client",
     "redis", "socketio", "uvloop",
 }  # fmt: skip
 
@@ -340,7 +341,7 @@ def execute(line: str, id: Any = None, **params: Any) -> dict[str, Any]:
 
 def offsets(manager: WebSocketManager, count: int) -> list[str]:
     """The offsets of the latest broadcasts, oldest first."""
-    return [offset for offset, _ in manager.history.entries][-count:]
+    return [entry.offset for entry in manager.history.entries][-count:]
 
 
 class Lamp(Service):

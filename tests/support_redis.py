@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from karna.backplane import STREAM
-from support import SERVER_FILE
+from support import SERVER_FILE, needs
 
 
 class RedisServer:
@@ -72,6 +75,55 @@ class RedisServer:
     def add_message(self, message: str) -> str:
         """Put a broadcast into the stream as a node would; its id."""
         return self.add(body=json.dumps({"type": "notification", "data": {"message": message}}))
+
+
+@contextlib.contextmanager
+def redis_on_port(*options: str, tls: bool = False, sentinel_of: int = 0) -> Iterator[int]:
+    """A redis-server on a TCP port; sentinel_of: a Sentinel that watches the one on that port."""
+    needs("redis-server", "redis")
+    with tempfile.TemporaryDirectory(prefix="karna-redis-") as folder:
+        port = free_port()
+        while port > 55_000:  # nodes of a cluster take another one, 10,000 above
+            port = free_port()
+        words = ["redis-server"]
+        if sentinel_of:
+            config = Path(folder, "sentinel.conf")
+            config.write_text(
+                f"sentinel monitor karna 127.0.0.1 {sentinel_of} 1\n"
+                "sentinel down-after-milliseconds karna 300\n"
+                "sentinel failover-timeout karna 2000\n"
+            )
+            words += [str(config), "--sentinel"]
+        where = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
+        words += [*where, "--dir", folder, *options]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        drain = threading.Thread(target=process.stdout.read)
+        try:
+            ready = ("ready to accept connections", "+monitor master")
+            assert any(any(r in line.lower() for r in ready) for line in process.stdout)
+            drain.start()
+            yield port
+        finally:
+            process.kill()
+            process.wait()
+            if drain.ident:
+                drain.join()
+            process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def call_redis(port: int, *words: str | int) -> Any:
+    """One command to the Redis on that port."""
+    import redis
+
+    with redis.Redis(port=port, protocol=2) as client:
+        return client.execute_command(*words)
 
 
 class Node:

@@ -267,7 +267,8 @@ async def test_redis_that_refuses_entries_is_logged_rarely(
         for number in range(30):
             with pytest.raises(Unavailable, match="not accept"):
                 await say(a, str(number))
-            a.manager.notify("nobody waits")
+            with pytest.raises(Unavailable, match="out of memory"):
+                a.manager.notify("nobody waits")  # who would not hear of it is told at once
         await until(lambda: not a.manager.backplane._outbox)
         redis.call("CONFIG", "SET", "maxmemory", 0)
         await say(a, "end")
@@ -388,3 +389,78 @@ async def test_notify_of_a_prepared_line_reaches_the_backplane_that_came(
     ):
         assert await client.run("notify hello") == {"clients": 1}
         assert await follower.until("hello") == ["hello"]
+
+
+REFUSALS = {
+    "memory": (("CONFIG", "SET", "maxmemory", 1), ("CONFIG", "SET", "maxmemory", 0), "maxmemory"),
+    "user": (
+        ("ACL", "SETUSER", "default", "-xadd"), ("ACL", "SETUSER", "default", "+xadd"), "SETUSER"
+    ),
+    "replica": (("REPLICAOF", "127.0.0.1", 1), ("REPLICAOF", "NO", "ONE"), "read-only replica"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_backplane_is_degraded_while_redis_refuses_every_broadcast(
+    redis: RedisServer, refusal: str
+) -> None:
+    begin, end, text = REFUSALS[refusal]
+    async with served(backplane=redis.url) as a, following((a, "raw")) as (follower,):
+        backplane = a.manager.backplane
+        await say(a, "before")
+        redis.call(*begin)
+        await until(lambda: text in backplane.detail)  # nobody has published meanwhile
+        status, health = await http(a, "GET", "/health")
+        assert status == 503 and text in health["services"]["backplane"]["detail"]
+        with pytest.raises(Unavailable, match=text):
+            await say(a, "refused")
+        with pytest.raises(Unavailable, match=text):
+            a.manager.notify("refused")
+        await asyncio.sleep(0)
+        assert backplane.state == "degraded"
+        redis.call(*end)
+        await until(lambda: backplane.state == "running")
+        assert (await http(a, "GET", "/health"))[0] == 200
+        await say(a, "after")
+        assert await follower.until("after") == ["before", "after"]
+        assert redis.call("XLEN", STREAM) == 3  # the mark and two broadcasts: no trace of probes
+
+
+async def test_refusal_is_found_at_the_start_and_the_first_broadcast_accepted_ends_it(
+    redis: RedisServer,
+) -> None:
+    redis.add_message("before")
+    redis.call("CONFIG", "SET", "maxmemory", 1)
+    async with served(backplane=redis.url) as a:
+        backplane = a.manager.backplane
+        assert backplane.state == "degraded" and "maxmemory" in backplane.detail
+        assert len(a.manager.history.entries) == 1  # it can be read
+        redis.call("CONFIG", "SET", "maxmemory", 0)
+        await say(a, "accepted")
+        assert backplane.state == "running"
+
+
+@pytest.mark.parametrize("newest", ["9999999999999999-0", "18446744073709551615-7"])
+async def test_long_stream_ids_are_understood(redis: RedisServer, newest: str) -> None:
+    body = json.dumps({"type": "notification", "data": {"message": "1"}})
+    redis.call("XADD", STREAM, newest, "body", body)
+    async with served(backplane=redis.url) as a, following(*both_doors(a)) as followers:
+        assert a.manager.backplane.state == "running"
+        assert [entry.offset for entry in a.manager.history.entries] == [newest]
+        await say(a, "2")
+        for follower in followers:
+            assert await follower.until("2") == ["2"]
+            await follower.leave()
+        await say(a, "3")
+        for follower in followers:
+            await follower.follow(a)
+            assert await follower.until("3") == ["2", "3"]
+
+
+async def test_stream_that_cannot_go_on_says_so(redis: RedisServer) -> None:
+    redis.call("XADD", STREAM, f"{2**64 - 1}-{2**64 - 1}", "begin", "x")
+    async with served(backplane=redis.url) as a:
+        await until(lambda: "DEL karna:broadcasts" in a.manager.backplane.detail)
+        redis.call("DEL", STREAM)
+        await until(lambda: a.manager.backplane.state == "running")
+        await say(a, "1")

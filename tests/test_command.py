@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import contextlib
 import logging
 import shlex
@@ -43,6 +44,23 @@ def test_prepare_splits_as_shlex_does(line: str) -> None:
         assert commands.prepare("any " + line).args == expected
 
 
+class Colour(enum.Enum):
+    RED = "red"
+    GREEN = "green"
+    WARM = "red"  # noqa: PIE796  (another name of RED)
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Odd(enum.Enum):
+    ON = True
+    NAME = "ON"  # a value goes before a name
+    BOTH = (1, 2)
+
+
 def shapes() -> CommandProcessor:
     commands = CommandProcessor(builtins=False)
 
@@ -74,6 +92,10 @@ def shapes() -> CommandProcessor:
         return sure, size, tone
 
     @commands.command
+    def paint(colour: Colour, level: Level | None = None, *, odd: Odd = Odd.BOTH) -> Any:
+        return colour, level, odd
+
+    @commands.command
     def total(*numbers: float) -> float:
         return sum(numbers)
 
@@ -102,6 +124,10 @@ GOOD_LINES: list[tuple[str, dict[str, Any], Any]] = [
     ("typed", {"c": 1, "j": None}, (1, None, None, b"", 1)),
     ("typed", {"c": "x"}, (1, None, None, b"", "x")),
     ("must --no-sure --size 5", {"tone": None}, (False, 5, None)),
+    ("paint red", {}, (Colour.RED, None, Odd.BOTH)),
+    ("paint GREEN HIGH --odd BOTH", {}, (Colour.GREEN, Level.HIGH, Odd.BOTH)),
+    ("paint WARM 1 --odd ON", {}, (Colour.RED, Level.LOW, Odd.NAME)),
+    ("paint", {"colour": "green", "level": 2, "odd": True}, (Colour.GREEN, Level.HIGH, Odd.ON)),
     ("total 1 2.5", {}, 3.5),
     ("total", {"numbers": [1, "2"]}, 3.0),
 ]  # fmt: skip
@@ -120,6 +146,12 @@ async def test_command_takes_words_options_and_params(
 BAD_LINES: list[tuple[str, dict[str, Any], str]] = [
     ("move", {}, "X is missing"),
     ("move x", {}, "X must be a whole number, not 'x'"),
+    ("paint blue", {}, "COLOUR must be one of red, green, not 'blue'"),
+    ("paint Red", {}, "COLOUR must be one of red, green"),
+    ("paint red 3", {}, "LEVEL must be one of LOW, HIGH"),
+    ("paint red", {"level": True}, "LEVEL must be one of LOW, HIGH, not bool"),
+    ("paint red", {"level": 1.0}, "LEVEL must be one of LOW, HIGH, not float"),
+    ("paint red", {"level": [1]}, "LEVEL must be one of LOW, HIGH, not a list of 1"),
     ("move 1_000", {}, "whole number"),
     ("move ٣", {}, "whole number"),
     (f"move {'9' * 5_000}", {}, "whole number"),
@@ -693,3 +725,144 @@ async def test_cancelling_run_cancels_handler(way: str, scaled: None) -> None:
     assert closed.is_set() or way == "thread"
     assert (commands.running, commands.failed) == (0, 1)
     release.set()
+
+
+def test_input_schema_is_made_from_the_signature() -> None:
+    async def brew(
+        cups: int,
+        milk: float = 0.5,
+        *extras: str | None,
+        size: Literal["small", "large"] = "small",
+        name: str | None = None,
+        temperatures: list[float] | int = 90,
+        odd: Any = float("nan"),
+        image: bytes | str = b"",
+        raw: bytes = b"",
+        mode: Literal[1, "a", None] = None,
+        context: Context | None = None,
+    ) -> None:
+        """Brew coffee.
+
+        cups: how many
+        milk (float): in parts of a cup
+        :param size: of each
+        *extras: what goes in
+        unknown: nothing
+        """
+
+    assert Command(brew).input_schema == {
+        "type": "object",
+        "properties": {
+            "cups": {"type": "integer", "description": "how many"},
+            "milk": {"type": "number", "default": 0.5, "description": "in parts of a cup"},
+            "extras": {
+                "type": "array", "items": {"type": "string"}, "description": "what goes in",
+            },
+            "size": {
+                "type": "string", "enum": ["small", "large"], "default": "small",
+                "description": "of each",
+            },
+            "name": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+            "temperatures": {
+                "anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "integer"}],
+                "default": 90,
+            },
+            "odd": {},
+            "image": {"type": "string"},
+            "mode": {"anyOf": [{"enum": [1, "a"]}, {"type": "null"}], "default": None},
+        },
+        "required": ["cups"],
+        "additionalProperties": False,
+    }  # fmt: skip
+
+
+def test_input_schema_always_has_an_object_at_the_top() -> None:
+    def nothing() -> None: ...
+
+    def anything(**more: Any) -> None: ...
+
+    def numbers(*rest: int, **more: int) -> None: ...
+
+    def raw(data: bytes) -> None: ...
+
+    empty = {"type": "object", "properties": {}}
+    assert Command(nothing).input_schema == {**empty, "additionalProperties": False}
+    assert Command(anything).input_schema == {**empty, "additionalProperties": True}
+    assert Command(numbers).input_schema == {
+        "type": "object",
+        "properties": {"rest": {"type": "array", "items": {"type": "integer"}, "minItems": 1}},
+        "required": ["rest"],
+        "additionalProperties": {"type": "integer"},
+    }
+    assert Command(raw).input_schema is None, "JSON has no bytes"
+
+
+def test_whole_number_may_come_as_a_float() -> None:
+    bound = shapes().commands["move"].bind((), {"x": 3.0})
+    assert bound[0][0] == 3 and type(bound[0][0]) is int
+    with pytest.raises(UsageError, match="whole number"):
+        shapes().commands["move"].bind((), {"x": 2.0**60})
+
+
+def values_of(schema: Any) -> Any:
+    """What a schema of ours admits."""
+    if "anyOf" in schema:
+        return st.one_of([values_of(each) for each in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    kinds = {
+        "string": st.text(max_size=5), "boolean": st.booleans(), "null": st.none(),
+        "integer": st.integers(-(2**63), 2**64 - 1) | st.integers(-99, 99).map(float),
+        "number": st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False),
+        "object": st.dictionaries(st.text(max_size=3), JSON_VALUES, max_size=3),
+    }  # fmt: skip
+    if schema.get("type") == "array":
+        items = values_of(schema.get("items", {}))
+        return st.lists(items, min_size=schema.get("minItems", 0), max_size=4)
+    return kinds[schema["type"]] if "type" in schema else JSON_VALUES
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_what_the_schema_admits_binds(data: Any) -> None:
+    command = data.draw(st.sampled_from(SHAPES.distinct()))
+    schema = command.input_schema
+    required = schema.get("required", [])
+    fields = {name: values_of(each) for name, each in schema["properties"].items()}
+    given_ = data.draw(st.fixed_dictionaries(
+        {name: fields[name] for name in required},
+        optional={name: each for name, each in fields.items() if name not in required},
+    ))  # fmt: skip
+    if schema["additionalProperties"] is not False:
+        further = st.dictionaries(st.text("qrs", min_size=1, max_size=3), JSON_VALUES, max_size=2)
+        given_ |= data.draw(further)
+    args, kwargs = command.bind((), given_)
+    command.function(*args, **kwargs)
+
+
+def test_built_in_commands_are_tools_only_where_they_say_so() -> None:
+    commands = CommandProcessor()
+    assert [each.name for each in commands.distinct() if each.tool] == ["time"]
+    revision = commands.revision
+    commands.add(Command(lambda *text: "mine", name="echo"))
+    assert commands.commands["echo"].tool is None and commands.revision > revision
+
+
+def test_enum_is_told_as_the_choices_that_it_is() -> None:
+    command = shapes().commands["paint"]
+    assert command.usage == "paint red|green [LOW|HIGH] [--odd ON|BOTH]"
+    colour, level, odd = command.describe()["arguments"]
+    assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
+    assert (level["default"], odd["default"]) == (None, "BOTH")
+
+    class Empty(enum.Enum): ...
+
+    with pytest.raises(TypeError, match="parameter a: Empty has no members"):
+        function: Any = lambda a: a  # noqa: E731
+        function.__annotations__ = {"a": Empty}
+        Command(function, name="x")
+
+
+def test_command_from_a_text_is_told_where_its_name_goes() -> None:
+    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
+        CommandProcessor().command("lights-on")  # type: ignore[call-overload]

@@ -270,18 +270,19 @@ async def test_rejoining_a_namespace_forgets_no_running_command() -> None:
 
 
 async def test_sessions_without_the_token_take_no_place_of_its_owners() -> None:
-    async with served(token=TOKEN, max_clients=3) as server:
-        async with contextlib.AsyncExitStack() as stack:
-            for _ in range(10):
-                await stack.enter_async_context(Sio.open(server))
-            for _ in range(3):
-                await stack.enter_async_context(Raw.open(server, f"/ws?token={TOKEN}"))
-            late = await stack.enter_async_context(Sio.open(server))
-            await late.send("40" + json.dumps({"token": TOKEN}))
-            error = await late.packet("44")
-            assert error["data"]["code"] == "unavailable" and "full" in error["message"]
-            refused = await ask(server.port, head("GET", "/health"))
-            assert refused.status == 200
+    async with (
+        served(token=TOKEN, max_clients=3) as server,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for _ in range(10):
+            await stack.enter_async_context(Sio.open(server))
+        for _ in range(3):
+            await stack.enter_async_context(Raw.open(server, f"/ws?token={TOKEN}"))
+        late = await stack.enter_async_context(Sio.open(server))
+        await late.send("40" + json.dumps({"token": TOKEN}))
+        error = await late.packet("44")
+        assert error["data"]["code"] == "unavailable" and "full" in error["message"]
+        assert (await ask(server.port, head("GET", "/health"))).status == 200
 
 
 async def test_long_replay_waits_for_its_reader() -> None:
@@ -449,3 +450,17 @@ async def test_two_servers_of_one_loop_serve_side_by_side() -> None:
     async with serving(WebSocketManager(), port=0) as one, serving(WebSocketManager(), port=0) as two:
         for server in (one, two):
             assert (await http(server, "GET", "/health"))[0] == 200
+
+
+async def test_client_that_takes_nothing_of_its_replay_is_dropped() -> None:
+    """0.2 s after the last byte it took: its ping interval and the time to answer."""
+    manager = WebSocketManager()
+    options = {"ping_interval_s": 0.1, "ping_timeout_s": 0.1, "close_timeout_s": 0.1}
+    async with served(manager, history_bytes=2**25, **options) as server:
+        start = manager.history.last
+        for number in range(10):
+            manager.broadcast("news", [number, "x" * 1_000_000])
+        async with lazy(server.port, f"/ws?since={start}") as peer:
+            peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await until(lambda: not manager.connections)
+    assert manager.metrics.drops["slow"] == 1

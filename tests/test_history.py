@@ -62,7 +62,7 @@ async def test_history_forgets_as_it_goes() -> None:
     for number in range(1, 1001):
         history.append(f"5-{number}", b"x" * 10)
     assert (len(history.entries), len(history._positions), history.bytes) == (10, 10, 100)
-    assert [offset for offset, _ in history.since("5-997") or ()] == ["5-998", "5-999", "5-1000"]
+    assert [entry.offset for entry in history.since("5-997") or ()] == ["5-998", "5-999", "5-1000"]
     assert history.since("5-990") is not None and history.since("5-989") is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import socket
@@ -286,3 +287,64 @@ async def test_ask_ends_at_done_without_a_finish_reason(host: Any) -> None:
     text = events(token("a")) + events("{nope")
     host.answers["/v1/chat/completions"] = http_answer(text, kind=STREAM_TYPE)
     assert (await run_line(commands, "ask hi"))["text"] == "a"
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
+TEXT = b'{"choices":[{"message":{"content":"x"}}]}'
+ENDLESS: dict[str, tuple[bytes, bytes]] = {  # what it begins with, and repeats
+    "heads": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+    "trailers": (
+        CHUNKED % b"application/json" + b"%x\r\n" % len(TEXT) + TEXT + b"\r\n0\r\n",
+        b"X: y\r\n" * 1000,
+    ),
+    "chunk extensions": (CHUNKED % STREAM_TYPE.encode(), b"1;" + b"x" * 50_000 + b"\r\n:\r\n"),
+    "comments": (CHUNKED % STREAM_TYPE.encode(), b"2000\r\n" + b": a comment\n\n\n\n\n" * 512 + b"\r\n"),
+    "tokens": (http_answer("", kind=STREAM_TYPE, length=10**9), events(token("x" * 900), done=False).encode()),
+}  # fmt: skip
+
+
+class EndlessHost:
+    """A model server whose answer never ends; how much of it was taken."""
+
+    def __init__(self, begin: bytes, repeated: bytes) -> None:
+        self.begin, self.repeated, self.sent = begin, repeated, 0
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(self.begin)
+            while True:
+                writer.write(self.repeated)
+                await writer.drain()
+                self.sent += len(self.repeated)
+        writer.close()
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+async def test_answer_that_never_ends_is_given_up_after_some_bytes(name: str) -> None:
+    endless = EndlessHost(*ENDLESS[name])
+    server = await asyncio.start_server(endless.handle, "127.0.0.1", 0)
+    _, commands = asking(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", model="tiny")
+    with pytest.raises(Unavailable, match="longer than 4 MiB"):
+        await run_line(commands, "ask hi")
+    assert endless.sent < 16 * 1024 * 1024  # 4 MiB, and what the kernel holds
+    server.close()
+
+
+@pytest.mark.parametrize("name", ["x" * 1_000_000, "lone \ud800", "two\nlines", ""])
+async def test_model_name_that_nobody_could_be_told_is_not_taken(name: str, host: Any) -> None:
+    host.answers["/v1/models"] = http_answer(json.dumps({"data": [{"id": name}]}))
+    _, commands = asking(host.url)
+    with pytest.raises(Unavailable, match="lists no model|longer than"):
+        await run_line(commands, "ask hi")
+    host.answers["/v1/models"] = http_answer(json.dumps({"data": [{"id": name}, {"id": "tiny"}]}))
+    if len(name) < 1000:
+        assert (await run_line(commands, "ask hi"))["model"] == "tiny"
+
+
+async def test_json_too_long_to_be_parsed_while_others_wait_is_not(host: Any) -> None:
+    _, commands = asking(host.url, model="tiny")
+    many = "[" + "[]," * 700_000 + "[]]"
+    host.answers["/v1/chat/completions"] = http_answer(many)
+    with pytest.raises(Unavailable, match="longer than 1 MiB"):
+        await run_line(commands, "ask hi")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 import time
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import pytest
 
 from karna.errors import CommandTimeout
+from karna import programs
 from karna.programs import (
+    MAX_LINE_CHARS,
+    MAX_UNREAD_BYTES,
+    REPORTS_A_SECOND,
+    REPORTS_AT_ONCE,
     ProgramOutput,
     ProgramWatch,
     run_program,
@@ -119,7 +125,7 @@ async def test_program_is_not_read_while_client_does_not_and_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watches: list[Any] = []
-    gate, count = asyncio.Event(), 0
+    gate, lines = asyncio.Event(), []
 
     class Watch(ProgramWatch):
         def __init__(self) -> None:
@@ -127,18 +133,18 @@ async def test_program_is_not_read_while_client_does_not_and_loses_nothing(
             watches.append(self)
 
     async def send(value: Any) -> None:
-        nonlocal count
-        count += 1
+        lines.append(value["line"])
         await gate.wait()
 
     monkeypatch.setattr("karna.programs.ProgramWatch", Watch)
     script = "yes 0123456789012345678901234567890123456789 | head -n 30000"
     task = asyncio.ensure_future(shell(script, progress=send))
-    await until(lambda: watches and watches[0]._is_paused)
+    await until(lambda: lines and watches[0]._is_paused)
     assert watches[0]._unread < 64 * 1024 + 2 * 256 * 1024  # one read is 256 KiB
-    assert count == 1
+    assert len(lines) == 1
     gate.set()
-    assert (await task)["exit_code"] == 0 and count == 30_000
+    assert (await task)["exit_code"] == 0
+    assert "\n".join(lines).split("\n") == ["0123456789" * 4] * 30_000
 
 
 async def test_program_blocked_in_writing_is_ended_by_term_alone() -> None:
@@ -237,3 +243,90 @@ async def test_what_a_program_prints_late_is_not_cut(monkeypatch: pytest.MonkeyP
     assert result["exit_code"] == 0 and "signal" not in result
     assert sorted(result["output"].split()) == ["child", "early", "late", "late"]
     assert seen[0]["line"] == "early" and len(seen) == 4
+
+
+class Witness:
+    """How long others have to wait for their turn of the loop."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    async def watch(self) -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            self.waits.append(time.perf_counter() - began - 0.001)
+
+
+async def flood(script: str, seconds: float, progress: Any = None) -> tuple[list[Any], list[float]]:
+    """The reports of a program that never ends, with the time of each; how long others waited."""
+    seen: list[Any] = []
+    witness = Witness()
+    watching = asyncio.ensure_future(witness.watch())
+    began = time.monotonic()
+    task = asyncio.ensure_future(shell(script, progress=lambda value: seen.append(value)))
+    while time.monotonic() < began + seconds:
+        await asyncio.sleep(0.01)
+    for each in (task, watching):
+        each.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await each
+    return seen, witness.waits
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["yes", "yes ''", "yes 'x\r'", "while :; do echo out; echo err >&2; done",
+     "yes & yes >&2", "tr '\\0' x </dev/zero", "while :; do printf x; done"],
+)  # fmt: skip
+async def test_flood_of_output_is_joined_and_holds_up_nobody(script: str) -> None:
+    seen, waits = await flood(script, 1.0)
+    assert len(seen) <= REPORTS_AT_ONCE + 1.5 * REPORTS_A_SECOND  # 45,000 of `yes` in a second
+    assert max(len(each["line"]) for each in seen or [{"line": ""}]) <= MAX_LINE_CHARS
+    assert sorted(waits)[len(waits) // 2] < 0.002  # a turn of the loop: 0.2 ms
+
+
+async def test_joined_lines_lose_nothing_and_come_before_the_result() -> None:
+    seen: list[Any] = []
+    result = await shell("seq 40000; printf end", progress=seen.append)
+    text = "\n".join(each["line"] for each in seen)
+    assert text.split("\n") == [*map(str, range(1, 40_001)), "end"]
+    assert len(seen) < 40 and result["output"].endswith("\n39999\n40000\nend")
+    assert result["truncated"] is False
+
+
+async def test_lines_that_come_slowly_are_reported_one_by_one_at_once() -> None:
+    seen: list[tuple[float, str]] = []
+    began = time.monotonic()
+    script = "for i in 1 2 3 4 5; do echo a$i; echo b$i; sleep 0.06; done"
+    await shell(script, progress=lambda value: seen.append((time.monotonic() - began, value["line"])))
+    assert [line for _, line in seen] == [f"{c}{n}" for n in range(1, 6) for c in "ab"]
+    assert seen[-1][0] - seen[0][0] < 5 * 0.06 + 0.1  # as it printed them, at about 33 a second
+
+
+async def test_program_is_not_read_faster_than_it_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = 0
+    received = programs.ProgramWatch.pipe_data_received
+
+    def receive(watch: Any, fd: int, data: bytes) -> None:
+        nonlocal most
+        received(watch, fd, data)
+        most = max(most, sum(len(data) for _, data in watch._chunks))
+
+    monkeypatch.setattr(programs.ProgramWatch, "pipe_data_received", receive)
+    await flood("yes", 0.5)
+    assert most <= MAX_UNREAD_BYTES + 256 * 1024  # one read more
+
+
+def test_program_that_takes_the_place_of_a_built_in_command_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    commands = CommandProcessor()
+    commands.allow_program("true")
+    assert caplog.text == ""
+    commands.allow_program("echo")
+    assert "the program echo takes the place of the built-in command" in caplog.text
+    with pytest.raises(ValueError, match="there is a command 'echo' already"):
+        commands.allow_program("echo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
 import logging
 import os
@@ -13,18 +14,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 import services
+from karna.command import Call, as_handler
 from karna.errors import CommandTimeout
 from karna.work import Job, Tasks, ThreadPool
 from karna_ws import WebSocketManager
-from services import CommandFailed, Context, Unavailable
+from services import CommandFailed, Context, Service, Unavailable
 from support import DEADLINE_S, error_log, execute, served, until
-from support_commands import any_words, hang, processor, run_line
+from support_commands import any_words, hang, monitoring, processor, run_line
 from support_peers import raw
 
 
@@ -517,3 +519,245 @@ def test_loop_that_closes_gives_its_jobs_their_end() -> None:
     asyncio.run(main())  # ends what runs; a warning of a coroutine never awaited would fail
     gc.collect()
     assert [error for _, error, _, _ in ends.seen] == ["CancelledError"] * 2
+
+
+class Blocking:
+    """Work that holds its thread until it is released."""
+
+    def __init__(self) -> None:
+        self.began: list[Any] = []
+        self.release = threading.Event()
+
+    def call(self, pool: ThreadPool, owner: Any) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(pool.call(functools.partial(self._hold, owner), owner))
+
+    def _hold(self, owner: Any) -> Any:
+        self.began.append(owner)
+        self.release.wait(DEADLINE_S)
+        return owner
+
+
+async def test_owner_gets_no_more_than_its_share_of_the_threads() -> None:
+    pool, work = ThreadPool(8, "test"), Blocking()
+    greedy = [work.call(pool, "greedy") for _ in range(20)]
+    others = [work.call(pool, each) for each in "abc" for _ in range(2)]
+    await until(lambda: len(work.began) == 8)
+    assert sorted(work.began) == [*"aabbcc", "greedy", "greedy"]
+    work.release.set()
+    assert await asyncio.gather(*greedy, *others) == ["greedy"] * 20 + [*"aabbcc"]
+    assert work.began.count("greedy") == 20
+    await until(lambda: not pool._shares)
+
+
+async def test_abandoned_work_takes_from_its_owners_share_until_it_ends() -> None:
+    pool, work = ThreadPool(8, "test"), Blocking()
+    for _ in range(40):  # a client that starts and cancels
+        call = work.call(pool, "greedy")
+        await asyncio.sleep(0.001)
+        call.cancel()
+    assert work.began == ["greedy"] * 2
+    assert await asyncio.wait_for(pool.call(lambda: "quick", "newcomer"), 1.0) == "quick"
+    later = work.call(pool, "greedy")
+    await asyncio.sleep(0.01)
+    assert work.began == ["greedy"] * 2 and not later.done()
+    work.release.set()
+    assert await later == "greedy"
+    assert work.began == ["greedy"] * 3
+    await until(lambda: not pool._shares)
+
+
+async def test_cancelled_work_that_waited_makes_room_for_its_owners_next() -> None:
+    pool, work = ThreadPool(4, "test"), Blocking()
+    held = [work.call(pool, each) for each in "abcd"]
+    await until(lambda: len(work.began) == 4)
+    waiting = [work.call(pool, "e") for _ in range(3)]  # one for a thread, two past the share
+    await asyncio.sleep(0)
+    for call in (waiting[1], waiting[0]):
+        call.cancel()
+    await asyncio.sleep(0)
+    work.release.set()
+    assert await waiting[2] == "e" and work.began == [*"abcde"]
+    await asyncio.gather(*held)
+    await until(lambda: not pool._shares)
+
+
+async def test_pool_that_was_closed_holds_nothing_for_what_waited() -> None:
+    pool, work = ThreadPool(4, "test"), Blocking()
+    calls = [work.call(pool, owner) for owner in [*"abcd", *"eeee"]]
+    await until(lambda: len(work.began) == 4)
+    pool.close()
+    work.release.set()
+    for call in calls[4:]:
+        call.cancel()
+    assert await asyncio.gather(*calls[:4]) == [*"abcd"]
+    await until(lambda: not pool._shares)
+    pool.open()
+    assert await pool.call(lambda: 1, "e") == 1
+
+
+async def test_client_that_starts_and_cancels_blocking_commands_leaves_threads_to_others() -> None:
+    release, began = threading.Event(), []
+
+    def blocks() -> None:
+        began.append(1)
+        release.wait(DEADLINE_S)
+
+    commands = processor(blocks, any_words, timeout_s=DEADLINE_S)
+    greedy = object()
+    try:
+        for _ in range(40):
+            context = Context("client of a connection", owner=greedy)
+            task = asyncio.ensure_future(commands.run(commands.prepare("blocks"), context))
+            await asyncio.sleep(0.002)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert len(began) == 8  # of 32
+        assert await run_line(commands, "any 1", Context("another")) == ["1"]
+        waits = asyncio.ensure_future(run_line(commands, "any 1", Context("c", owner=greedy)))
+        await asyncio.sleep(0.02)
+        assert not waits.done()
+    finally:
+        release.set()
+    assert await waits == ["1"]
+
+
+async def test_handlers_never_wait_for_threads_that_commands_hold() -> None:
+    release = threading.Event()
+    commands = processor(lambda: None, max_threads=4, timeout_s=DEADLINE_S)
+
+    def blocks() -> None:
+        release.wait(DEADLINE_S)
+
+    commands.command(blocks)
+    running = [
+        asyncio.ensure_future(run_line(commands, "blocks", Context(owner))) for owner in "abcdef"
+    ]
+    await asyncio.sleep(0.02)
+    handler = as_handler(lambda client, auth: f"{client} comes in", inline=False)
+    try:
+        call = Call(handler, ["newcomer", {}], {})
+        value = await asyncio.wait_for(commands.run(call, Context("newcomer")), 1.0)
+        assert value == "newcomer comes in"
+    finally:
+        release.set()
+    await asyncio.gather(*running)
+
+
+async def floods_progress(context: Context) -> None:
+    while True:
+        await context.progress(1)
+
+
+async def floods_yields() -> AsyncIterator[int]:
+    while True:
+        yield 1
+
+
+def floods_reports(context: Context) -> None:
+    while True:
+        context.report(1)
+
+
+def take(value: Any) -> None:
+    """Progress that is sent at once, as by a connection that is written to."""
+
+
+@pytest.mark.parametrize("flood", [floods_progress, floods_yields, floods_reports])
+@pytest.mark.parametrize("send", [None, take])
+async def test_flood_of_progress_lets_others_turn_and_ends_at_the_time_limit(
+    flood: Any, send: Any
+) -> None:
+    commands = processor(flood, timeout_s=0.2)
+    began, turns = time.monotonic(), 0
+    task = asyncio.ensure_future(run_line(commands, flood.__name__, Context(None, send)))
+    while not task.done():
+        await asyncio.sleep(0)
+        turns += 1
+    with pytest.raises(CommandTimeout):
+        await task
+    assert time.monotonic() - began < 1.0 and turns > 100
+
+
+class Nasty(Exception):
+    """Text that nobody can read: it ends whoever asks for it."""
+
+    def __init__(self, end: type[BaseException]) -> None:
+        self.end = end
+
+    def __str__(self) -> str:
+        raise self.end("from __str__")
+
+    __repr__ = __str__
+
+
+class Mirror:
+    """What looks for a misspelt attribute here does not come back."""
+
+    def __dir__(self) -> list[str]:
+        raise SystemExit("from __dir__")
+
+
+ENDS = [SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit, RecursionError]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+async def test_command_is_answered_whatever_its_error_does_when_it_is_read(
+    end: type[BaseException], level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(level)
+
+    def in_thread() -> None:
+        raise Nasty(end)
+
+    async def on_loop() -> None:
+        raise Nasty(end)
+
+    async def yields() -> AsyncIterator[int]:
+        yield 1
+        raise Nasty(end)
+
+    def misspelt() -> None:
+        Mirror().mistake  # type: ignore[attr-defined]  # noqa: B018
+
+    commands = processor(in_thread, on_loop, yields, misspelt, max_threads=1)
+    commands.command(inline=True, name="inline")(in_thread)
+    for _ in range(2):  # the thread has lived through it
+        for line in ["in_thread", "on_loop", "yields"]:
+            with pytest.raises(CommandFailed, match="Nasty"):
+                await run_line(commands, line)
+        with pytest.raises(CommandFailed, match="Nasty"):
+            commands.call_inline(commands.prepare("inline"))
+        with pytest.raises(CommandFailed, match="no attribute 'mistake'"):
+            await run_line(commands, "misspelt")
+    assert commands.running == 0 and commands.failed == 10
+
+
+FORGED = "x\n2026-01-01 12:00:00 ERROR karna_ws: forged\x1b[2J"
+
+
+async def test_text_of_an_error_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def fails() -> None:
+        raise ValueError(FORGED)
+
+    class Ill(Service):
+        async def check(self) -> None:
+            raise Unavailable(FORGED)
+
+    ill = Ill("ill")
+    ill.on_change = lambda service: 1 / len(FORGED[:0])  # a callback of ours that fails
+    with pytest.raises(CommandFailed):
+        await run_line(processor(fails), "fails")
+    tasks = Tasks()
+    tasks.spawn(fails(), "a task")
+    await until(lambda: not tasks.running)
+    async with monitoring(ill):
+        await until(lambda: ill.state == "degraded")
+    lines = [line for record in caplog.records for line in record.getMessage().split("\n")]
+    assert sum("forged" in line for line in lines) >= 4  # it is there, and cannot be mistaken
+    assert all(line.startswith(("  | ", "service ill is")) for line in lines if "forged" in line)
+    assert all(line.isprintable() for line in lines)
+    assert not any(record.exc_info for record in caplog.records)

@@ -14,7 +14,7 @@ import pytest
 from karna.backplane import MAX_PIPELINE, PUBLISH_WAIT_S, READ_ENTRIES, REDIS_TIMEOUT_S, STREAM
 from services import Unavailable
 from support import Raw, execute, http, served, until
-from support_redis import RedisServer, both_doors, following, node, say
+from support_redis import RedisServer, both_doors, call_redis, following, node, redis_on_port, say
 
 
 @pytest.mark.parametrize("door", ["raw", "socket.io"])
@@ -101,7 +101,7 @@ async def held_back(redis: RedisServer, server: Any, *others: Any) -> AsyncItera
 async def test_client_with_an_offset_of_the_future_gets_a_gap(
     redis: RedisServer, door: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("karna_ws.LAG_S", 0.05)
+    monkeypatch.setattr("karna.admission.LAG_S", 0.05)
     async with served(backplane=redis.url) as a, following((a, door)) as (follower,):
         await say(a, "1")
         await follower.until("1")
@@ -368,7 +368,7 @@ async def test_restarted_node_loads_as_much_as_history_keeps(redis: RedisServer)
     ids = [redis.add_message(str(number)) for number in range(count)]
     async with served(**options) as a:
         manager = a.manager
-        assert [offset for offset, _ in manager.history.entries] == ids[-40:]
+        assert [entry.offset for entry in manager.history.entries] == ids[-40:]
         assert len(manager.history.since(ids[-41]) or ()) == 40
         assert manager.history.since(ids[-42]) is None
         async with Raw.open(a, f"/ws?since={ids[-3]}") as client:
@@ -399,3 +399,32 @@ async def test_processes_share_a_port_and_broadcasts(redis: RedisServer) -> None
         assert (await http(a, "POST", "/api/notify", {"message": "hello"}))[0] == 202
         got = [await client.next_of("notification") for client in (first, second)]
         assert got[0] == got[1]
+
+
+async def test_failover_of_sentinels_is_followed() -> None:
+    """A primary is killed; its replica takes its place within the second that Sentinel waits."""
+    with contextlib.ExitStack() as stack:
+        primary = contextlib.ExitStack()
+        stack.enter_context(primary)
+        first = primary.enter_context(redis_on_port())
+        second = stack.enter_context(redis_on_port("--replicaof", f"127.0.0.1 {first}"))
+        watching = stack.enter_context(redis_on_port(sentinel_of=first))
+        while call_redis(second, "INFO", "replication")["master_link_status"] != "up":
+            await asyncio.sleep(0.02)
+        while not call_redis(watching, "SENTINEL", "REPLICAS", "karna"):
+            await asyncio.sleep(0.02)
+        url = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watching}/karna"  # one of them is away
+        async with served(backplane=url) as a, following((a, "raw"), (a, "socket.io")) as followers:
+            assert a.manager.backplane.state == "running"
+            await say(a, "before")
+            while call_redis(second, "XLEN", STREAM) < 2:
+                await asyncio.sleep(0.02)
+            primary.close()
+            await until(lambda: a.manager.backplane.state == "degraded")
+            with pytest.raises(Unavailable):
+                await say(a, "lost")
+            await until(lambda: a.manager.backplane.state == "running")
+            assert call_redis(second, "ROLE")[0] == b"master"
+            await say(a, "after")
+            for follower in followers:
+                assert await follower.until("after") == ["before", "after"]
