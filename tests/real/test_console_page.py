@@ -579,7 +579,7 @@ async def test_transcript_survives_reload_and_can_be_copied_and_cleared(chromium
 async def test_page_opens_whatever_is_in_its_storage(chromium: str, stored: str) -> None:
     async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
         await page.until_open()
-        await page.evaluate("removeEventListener('pagehide', saveTranscript)")
+        await page.evaluate("keep = () => {}")  # or it would be put right when the page goes
         await page.evaluate(f"sessionStorage.setItem('karna-transcript', {json.dumps(stored)})")
         await page.load()
         await page.until_open()
@@ -768,6 +768,7 @@ async def test_sentence_is_offered_to_the_model_whose_steps_and_proposal_are_sho
         await page.until("document.body.hasAttribute('data-away')")
         await page.click("button", "Confirm unlock <i>")
         await page.until("$('usage').innerText.startsWith('Not sent')")
+        assert not await page.evaluate("document.querySelector('.card button').disabled")
         wire.mend()
         await page.until_reopened()
         await page.load()
@@ -915,6 +916,8 @@ async def test_prompt_stays_in_view_on_a_small_screen(chromium: str) -> None:
             for place in ("0", "document.body.scrollHeight / 2", "document.body.scrollHeight"):
                 await page.evaluate(f"scrollTo(0, {place})")
                 assert await page.evaluate(in_view), (height, place)
+        await page.evaluate("$('elsewhere').open = true")
+        await page.evaluate("scrollTo(0, document.body.scrollHeight)")
         await page.run("echo seen")  # from the page's end: its answer is brought into view
         await page.until_entry("echo seen", "done")
         answer = "[...document.querySelectorAll('.entry')].at(-1).getBoundingClientRect()"
