@@ -703,6 +703,9 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         assert manager.answers.empty()
 
 
+CONFIRM = r"Confirm unlock <i>\u{202e}"  # what would turn the text around is shown as it is written
+
+
 def add_deciding(commands: CommandProcessor) -> list[str]:
     """Add `do` and `confirm` as the language service has them with a model; what was confirmed."""
     confirmed: list[str] = []
@@ -716,7 +719,11 @@ def add_deciding(commands: CommandProcessor) -> list[str]:
         for step in steps:
             yield step
         words = {"text": f"Done: {' '.join(text)}.", "steps": steps, "model": "tiny"}
-        proposal = {"proposal": "k3jf", "command": "unlock <i>", "expires": "2099-01-01T00:00:00Z"}
+        proposal = {
+            "proposal": "k3jf",
+            "command": "unlock <i>\u202e",
+            "expires": "2099-01-01T00:00:00Z",
+        }
         yield words | (proposal if "door" in text else {})
 
     @commands.command
@@ -761,19 +768,19 @@ async def test_sentence_is_offered_to_the_model_whose_steps_and_proposal_are_sho
             "light kitchen --on",
             "light hall --off",
         ]
-        assert "unlock <i>" in text and "until" in text and not confirmed
+        assert "unlock <i>\\u{202e}" in text and "until" in text and not confirmed
         await page.screenshot("proposal.png")
 
         wire.cut()
         await page.until("document.body.hasAttribute('data-away')")
-        await page.click("button", "Confirm unlock <i>")
+        await page.click("button", CONFIRM)
         await page.until("$('usage').innerText.startsWith('Not sent')")
         assert not await page.evaluate("document.querySelector('.card button').disabled")
         wire.mend()
         await page.until_reopened()
         await page.load()
         await page.until_open()
-        await page.click("button", "Confirm unlock <i>")  # it survives a reload
+        await page.click("button", CONFIRM)  # it survives a reload
         assert "unlocked" in await page.until_entry("confirm k3jf", "done")
         assert confirmed == ["k3jf"]
         assert await page.evaluate("document.querySelector('.card button').disabled")
