@@ -259,6 +259,7 @@ class WebSocketManager(ServedHub):
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
         self.prepared: dict[str, Call] = self.commands.prepared if is_ours else {}
+        self.prepare_inline = self.commands.prepare_inline if is_ours else _prepare_nothing
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
@@ -281,6 +282,7 @@ class WebSocketManager(ServedHub):
         """Start no command any more; answer what runs."""
         self.is_draining = True
         self.prepared = {}
+        self.prepare_inline = _prepare_nothing
         if self.mcp is not None:
             self.mcp.stop()
 
@@ -424,6 +426,11 @@ class WebSocketManager(ServedHub):
         return Exchange(connection, self._route)
 
 
+def _prepare_nothing(line: str) -> Call | None:
+    """Where the fast lane is closed."""
+    return None
+
+
 def _function_of(method: Any) -> Any:
     return getattr(method, "__func__", None)
 
@@ -436,14 +443,16 @@ def _function_of(method: Any) -> Any:
 def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: int) -> bytes | None:
     """Answer one request of our own form, now or later. Never raises.
 
-    The fast lane: a command line that is ready to run, and needs no task, needs no Request either.
+    The fast lane: a command line that is bound without a fault, and needs no task, needs no
+    Request either.
     """
     params, wanted = message.get("params"), message.get("id")
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
-        call = manager.prepared.get(line) if type(line) is str else None
-        is_id = type(wanted) is int or type(wanted) in ID_TYPES  # the first is quicker
-        if call is not None and client.calls is None and is_id:
+        call = None
+        if type(line) is str and client.calls is None and type(wanted) in ID_TYPES:
+            call = manager.prepared.get(line) or manager.prepare_inline(line)
+        if call is not None:
             try:
                 value = manager.commands.call_inline(call)
                 data = {"command": line, "result": value}
