@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
 from websockets.server import ServerProtocol
 
-from support import served
+from karna_ws import WebSocketManager
+from support import Gate, Raw, execute, served, until
 from support_peers import engine, frame, raw
 from test_fairness import counting_turns
 
@@ -57,3 +59,32 @@ async def test_flood_behind_what_ends_a_session_is_handled_in_turns(bytes_in_tur
         assert (await flood.frames())[-1].opcode in (8, 10)
     assert sum(given.values()) >= len(frames)
     assert max(given.values()) < READ_BYTES / 4
+
+
+async def test_commands_that_waited_begin_in_turns() -> None:
+    """250 that waited for one to end began at once when it did, and stopped everybody meanwhile."""
+    manager = WebSocketManager()
+    gate = Gate(manager)
+    done: Counter[int] = Counter()
+    async with (
+        served(manager, max_running_commands=1) as server,
+        Raw.open(server) as client,
+        counting_turns() as turn,
+    ):
+
+        @manager.commands.command(inline=True)
+        def work(number: int) -> int:
+            time.sleep(0.0005)
+            done[turn()] += 1
+            return number
+
+        await client.send(execute("gate a", id="gate"))
+        await client.send(*(execute(f"work {number}", id=number) for number in range(200)))
+        await until(lambda: next(iter(manager.raw.values())).connection.waiting == 200)
+        gate.let("a")
+        await client.final("gate")
+        for number in range(200):  # in their order
+            assert (await client.next())["data"]["result"] == number
+        assert await client.run("echo x") == "x"
+        assert next(iter(manager.raw.values())).calls is None  # nothing waits: the short way again
+    assert sum(done.values()) == 200 and max(done.values()) < 20
