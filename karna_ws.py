@@ -8,6 +8,7 @@ One process, one asyncio loop, one `websockets.serve` on one port:
     HTTP       /health /api/status     for monitors and scripts
     HTTP       /api/execute_command    one command by POST;  /api/notify  one broadcast by POST
     HTTP       /rpc                    JSON-RPC 2.0 by POST (the raw door speaks it too)
+    HTTP       /mcp                    Model Context Protocol: commands as tools of assistants
     HTTP       /metrics                Prometheus text format
 
 The file reads downhill:
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     import argparse
 
     from karna.backplane import RedisBackplane
+    from karna.mcp import Mcp
 
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
@@ -179,7 +181,11 @@ class SocketIoDoor(SocketIoSession):
     def handle_event(
         self, client: SocketIoClient, event: list[Any], ack: int | None, size: int
     ) -> bytes | None:
-        return handle_event(client, event, ack, size)
+        if event[0] != "rpc":
+            return handle_event(client, event, ack, size)
+        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
+        answer = handle_rpc(client, message, ack, size)
+        return None if answer is None else client.wrap(answer, ack)
 
     def left(self, client: SocketIoClient, reason: str) -> None:
         self.manager.leave(client, reason)
@@ -229,6 +235,7 @@ class WebSocketManager(ServedHub):
         self.sessions: set[SocketIoSession] = set()
         self._parted: OrderedDict[Any, Any] = OrderedDict()  # state and groups of who may recover
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
+        self.mcp: Mcp | None = None  # from the first assistant on
         self._route = functools.partial(route, self)
         self.configure(Config())
 
@@ -282,6 +289,8 @@ class WebSocketManager(ServedHub):
         """Start no command any more; answer what runs."""
         self.is_draining = True
         self.prepared = {}
+        if self.mcp is not None:
+            self.mcp.stop()
 
     # What an embedding program registers.
 
@@ -698,11 +707,7 @@ def bind_method(command: Command, params: dict[str, Any]) -> Call:
 def handle_event(
     client: SocketIoClient, event: list[Any], ack: int | None, size: int
 ) -> bytes | None:
-    """Answer one Socket.IO event: the text to send now, if any."""
-    if event[0] == "rpc":
-        message = event[1] if len(event) > 1 and type(event[1]) is dict else _NO_PARAMS
-        answer = handle_rpc(client, message, ack, size)
-        return None if answer is None else client.wrap(answer, ack)
+    """Answer one Socket.IO event other than `rpc`: the text to send now, if any."""
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
     handler = client.manager.handlers.get(name)
     if handler is not None:
@@ -896,6 +901,15 @@ def answer_rpc(manager: WebSocketManager, exchange: Exchange, body: bytes) -> No
     return None
 
 
+def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
+    """POST /mcp: Model Context Protocol."""
+    if manager.mcp is None:
+        from karna.mcp import Mcp  # with the first assistant
+
+        manager.mcp = Mcp(manager, __version__)
+    manager.mcp.answer(exchange, body)
+
+
 def answer_metrics(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
     """GET /metrics: Prometheus text format 0.0.4."""
     from karna.metrics import describe
@@ -923,6 +937,8 @@ ROUTES = {
     "/api/notify": Route(
         "POST", answer_notify, 'POST {"message": "...", "level": "info"}: notify every client'),
     "/rpc": Route("POST", answer_rpc, "POST: JSON-RPC 2.0"),
+    "/mcp": Route("POST", answer_mcp, "POST: Model Context Protocol, for assistants"),
+    "/mcp/": Route("POST", answer_mcp),
     "/metrics": Route("GET", answer_metrics, "GET: Prometheus metrics"),
     "/ws": Route("GET", answer_ws, "WebSocket: JSON requests, one a message"),
     "/ws/": Route("GET", answer_ws),

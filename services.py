@@ -85,6 +85,7 @@ class CommandProcessor(Service):
     ) -> None:
         super().__init__("command")
         self.commands: dict[str, Command] = {}  # by name and by alias
+        self.revision = 0  # of `commands`: who keeps what it made of them compares it
         self.timeout_s = timeout_s
         self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
@@ -102,8 +103,10 @@ class CommandProcessor(Service):
 
     @overload
     def command(
-        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False
-    ) -> Callable[[Function], Function]: ...
+        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False,
+        tool: bool | None = None, confirm: bool = False,
+        read_only: bool | None = None, destructive: bool | None = None,
+    ) -> Callable[[Function], Function]: ...  # fmt: skip
 
     def command(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Decorator, with or without parentheses, that makes a function a command."""
@@ -122,13 +125,18 @@ class CommandProcessor(Service):
         for name in command.names:
             self.commands[name] = command
             self._replaceable.discard(name)
+        self.revision += 1
         self.prepared.clear()
         self._ranking = None
         self.touch()
 
     def offer(self, command: Command) -> None:
-        """Register a built-in command: one of the program, sooner or later, takes its place."""
+        """Register a built-in command: one of the program, sooner or later, takes its place.
+
+        It is a tool of assistants only if it says so.
+        """
         if command.name not in self.commands:
+            command.tool = bool(command.tool)
             self.add(command)
             self._replaceable.update(command.names)
 
@@ -393,7 +401,7 @@ class VisionService(ModelService):
                 raise command.usage_error("params.image is missing: base64, a data URL or bytes")
             return await self.describe(image, " ".join(map(str, question)))
 
-        command = Command(describe)
+        command = Command(describe, tool=True, read_only=True)
         commands.offer(command)
 
     async def describe(self, image: bytes | str, question: str = "") -> dict[str, Any]:
@@ -472,7 +480,7 @@ def add_builtins(commands: CommandProcessor) -> None:
 
     commands.offer(Command(help_, name="help", inline=True))
     commands.offer(Command(echo, inline=True))
-    commands.offer(Command(tell_time, name="time", inline=True))
+    commands.offer(Command(tell_time, name="time", inline=True, tool=True, read_only=True))
     commands.offer(Command(countdown))
 
 
@@ -534,7 +542,7 @@ def notify_command(broadcaster: Broadcaster) -> Command:
     async def published(data: dict[str, str]) -> dict[str, int]:
         return {"clients": await broadcaster.publish("notification", data)}
 
-    command = Command(notify, inline=True)
+    command = Command(notify, inline=True, tool=True, destructive=False)
     return command
 
 

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
-from orjson import dumps
+from orjson import OPT_NON_STR_KEYS, dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
@@ -58,8 +58,8 @@ class CommandHub(Hub):
 class Client:
     """One peer, as commands, handlers and embedding programs see it.
 
-    `id` names it in logs; `door` is "raw", "socket.io" or "http"; `auth` is what a Socket.IO client
-    gave when it connected.
+    `id` names it in logs; `door` is "raw", "socket.io", "http" or "mcp"; `auth` is what a Socket.IO
+    client gave when it connected.
     """
 
     __slots__ = (
@@ -210,9 +210,9 @@ class Request:
         if self.line is not None:
             value = {"command": self.line, "result": value}
         try:
-            return self._answer("command_response", value, self.ack)
+            return self.encode("command_response", value)
         except NOT_JSON:
-            return self.fail("command_failed", UNENCODABLE)
+            return self._special("command_response", value, self.ack)
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
         """The final answer of a request that did not succeed."""
@@ -220,9 +220,17 @@ class Request:
         if self.line is not None:
             error["command"] = self.line
         try:
-            return self._answer("error", {**error, **(data or {})}, self.ack)
+            return self.encode("error", {**error, **(data or {})})
         except NOT_JSON:
             return self.encode("error", {**error, "message": encodable(message)})
+
+    def _special(self, type: str, data: Any, ack: int | None) -> bytes | None:
+        """Send what JSON can't hold, such as bytes, in the door's own form, if it has one."""
+        try:
+            self.client.deliver_special(self._values(type, data), ack)
+        except NOT_JSON:
+            return self.fail("command_failed", UNENCODABLE)
+        return None
 
     def refuse(self, exc: BaseException) -> bytes | None:
         """The final answer of a request that met `exc`; a bug, ours or the program's, is logged."""
@@ -239,12 +247,19 @@ class Request:
 
     def progress(self, value: Any) -> None:
         """Send one report of the running command."""
+        data = {"command": self.line, "progress": value}
         try:
-            answer = self._answer("command_progress", {"command": self.line, "progress": value})
+            answer = self.encode("command_progress", data)
+            if answer is not None:
+                self.client.deliver(answer, None)
+        except NOT_JSON:
+            self._special_progress(data)
+
+    def _special_progress(self, data: dict[str, Any]) -> None:
+        try:
+            self.client.deliver_special(self._values("command_progress", data), None)
         except NOT_JSON:
             raise CommandFailed("progress can't be encoded as JSON") from None
-        if answer is not None:
-            self.client.deliver(answer, None)
 
     def deliver(self, answer: bytes | None) -> None:
         """Send the final answer, when it comes later than its request's own read."""
@@ -259,21 +274,18 @@ class Request:
 
         Raises TypeError or ValueError for what JSON can't hold.
         """
-        return encode_json(*self._values(type, data))
-
-    def _values(self, type: str, data: Any) -> list[Any]:
         envelope = {"type": type, "data": data}
         if self.id is not None:
             envelope["id"] = self.id
-        return [envelope]
-
-    def _answer(self, type: str, data: Any, ack: int | None = None) -> bytes | None:
-        """`encode`; what JSON can't hold, such as bytes, is sent in the door's own form."""
         try:
-            return self.encode(type, data)
+            return dumps(envelope)
         except TypeError:
-            self.client.deliver_special(self._values(type, data), ack)
-            return None
+            return dumps(envelope, option=OPT_NON_STR_KEYS)
+
+    def _values(self, type: str, data: Any) -> list[Any]:
+        """What an ack holds."""
+        envelope = {"type": type, "data": data}
+        return [envelope if self.id is None else {**envelope, "id": self.id}]
 
 
 def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes | None:

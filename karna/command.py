@@ -7,6 +7,7 @@ programs, and whoever calls a function of the program with a client's values.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, get_args
 
+from orjson import dumps, loads
+
 from karna.context import Context
 from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, kind_of, word_of
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
 from karna.words import stems_of
 
 _REQUIRED: Any = inspect.Parameter.empty
@@ -63,10 +66,8 @@ class Parameter:
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
         shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
-        if isinstance(self.default, Enum):
-            shown["default"] = word_of(self.default)
-        elif isinstance(self.default, str | int | float | None):
-            shown["default"] = self.default
+        if isinstance(self.told_default, str | int | float | None):
+            shown["default"] = self.told_default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
         if self.is_repeated:
@@ -74,6 +75,34 @@ class Parameter:
         if self.is_option:
             shown["option"] = self.label
         return shown
+
+    def schema(self, description: str) -> Schema | None:
+        """As JSON Schema tells it; None where JSON has no such value."""
+        if self.kind.schema is None:
+            return None
+        if self.is_repeated:
+            schema: Schema = {"type": "array", "items": without_null(self.kind.schema)}
+            schema |= {"minItems": 1} if self.is_required else {}
+        else:
+            default = {"default": self.told_default} if self._has_default else {}
+            schema = self.kind.schema | default
+        return schema | ({"description": description} if description else {})
+
+    @property
+    def told_default(self) -> Any:
+        """The default as a caller would give it."""
+        return word_of(self.default) if isinstance(self.default, Enum) else self.default
+
+    @property
+    def _has_default(self) -> bool:
+        """Is there a default that JSON can hold?"""
+        if self.default is None:
+            return self.kind.nullable
+        try:
+            told = self.told_default
+            return bool(loads(dumps(told)) == told)  # nan becomes null
+        except TypeError:
+            return False
 
     def convert(self, value: Any) -> Any:
         """Convert one word or JSON value; ValueError with a sentence for the caller."""
@@ -94,6 +123,10 @@ class Command:
     None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
     `params` instead. `inline` marks a plain function that never blocks and may be called at once,
     on the loop, without a task; functions with `yield` are `async def`.
+
+    For assistants: `tool` says whether it is one of their tools (None: a program's commands are,
+    built-in ones are not), `confirm` that a person has to agree to each call, `read_only` and
+    `destructive` what a call does, as a hint.
     Raises TypeError or ValueError, at registration, for what no command line could call.
     """
 
@@ -104,6 +137,10 @@ class Command:
         name: str | None = None,
         aliases: Sequence[str] = (),
         inline: bool = False,
+        tool: bool | None = None,
+        confirm: bool = False,
+        read_only: bool | None = None,
+        destructive: bool | None = None,
     ) -> None:
         if not callable(function):
             hint = f"; its name goes into name={function!r}" if isinstance(function, str) else ""
@@ -119,6 +156,10 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = stems_of(self.help)
         self.inline = inline
+        self.tool = tool
+        self.confirm = confirm
+        self.read_only = read_only
+        self.destructive = destructive
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
@@ -195,6 +236,23 @@ class Command:
         """As `help` lists it."""
         return {"name": self.name, "usage": self.usage, "summary": self.summary,
                 "aliases": list(self.aliases), "arguments": self.arguments}  # fmt: skip
+
+    @functools.cached_property
+    def input_schema(self) -> Schema | None:
+        """What `bind` takes by name, as JSON Schema; None where JSON can't hold what it needs.
+
+        The top is always an object with properties: one tool without makes clients drop all.
+        """
+        described = _describe_parameters(self.help)
+        found = {name: each.schema(described.get(name, "")) for name, each in self._by_name.items()}
+        required = [each.name for each in self._required]
+        if any(found[name] is None for name in required):
+            return None
+        properties = {name: schema for name, schema in found.items() if schema is not None}
+        further = False if self._extra is None else self._extra.kind.schema
+        schema: Schema = {"type": "object", "properties": properties}
+        schema |= {"required": required} if required else {}
+        return schema | {"additionalProperties": True if further == {} else further or False}
 
     def usage_error(self, problem: str) -> UsageError:
         return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
@@ -290,6 +348,14 @@ class Command:
         if self._repeated is not None:
             args += given.pop(self._repeated.name, ())
         return args, given  # what is left are options
+
+
+def _describe_parameters(text: str) -> dict[str, str]:
+    """What a docstring says of each parameter, in lines such as 'city: where to look'."""
+    return {match[1]: match[2] for match in _PARAMETER_LINE.finditer(text)}
+
+
+_PARAMETER_LINE = re.compile(r"^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$", re.MULTILINE)
 
 
 @dataclass(slots=True, eq=False)

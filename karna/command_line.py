@@ -214,6 +214,7 @@ Karna WS {version}
   Socket.IO  {socket_base}/ws  (socket.io-client 3 or 4, transports: ['websocket'])
   REST       {base}/api/status
   JSON-RPC   {base}/rpc
+  MCP        {base}/mcp  (assistants: Model Context Protocol)
   metrics    {base}/metrics
   open to    {_shown_access(config)}
   try        {_shown_trial(config, base)}"""

@@ -1,11 +1,12 @@
 """Types of arguments: how a word, or a JSON value, becomes what a function's annotation asks for.
 
-A table, three forms that contain others (list, Literal, Union), and every Enum. Imports nothing of
-ours; used by command.
+A table, three forms that contain others (list, Literal, Union), and every Enum; each kind says in
+JSON Schema which values it takes. Imports nothing of ours; used by command.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -16,18 +17,25 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 MAX_ITEMS = 10_000  # of a list of converted items, up to 2 microseconds each; `list` has no bound
 MAX_NUMBER_DIGITS = 100  # int() takes quadratic time, and refuses more than 4,300 digits
+MAX_EXACT_FLOAT = 2**53  # beyond it a float may be another number than was written
+
+Schema = dict[str, Any]
+NULL: Schema = {"type": "null"}
 
 
 class Kind(NamedTuple):
     """A type of argument; `convert` makes a word a value, and checks one from JSON.
 
     It raises ValueError with the words that follow the argument's name ("must be ...").
+    `schema` admits what `convert` takes from JSON, in the form that is plainest to a caller (a
+    number, not also its digits as text); None where JSON has no such value.
     """
 
     name: str
     convert: Callable[[Any], Any]
     nullable: bool = False
     choices: tuple[Any, ...] = ()
+    schema: Schema | None = None
 
 
 def _exactly(problem: str, *kinds: type) -> Callable[[Any], Any]:
@@ -42,6 +50,8 @@ def _exactly(problem: str, *kinds: type) -> Callable[[Any], Any]:
 def _whole_number(value: Any) -> int:
     if isinstance(value, str) and len(value) <= MAX_NUMBER_DIGITS:
         value = int(value) if re.fullmatch("[+-]?[0-9]+", value) else value
+    elif type(value) is float and value.is_integer() and abs(value) <= MAX_EXACT_FLOAT:
+        value = int(value)  # 1.0 is an integer to JSON Schema, and to who counts in floats
     if type(value) is not int:
         raise ValueError("must be a whole number")
     return value
@@ -70,18 +80,18 @@ def _yes_or_no(value: Any) -> bool:
     return answer
 
 
-ANY = Kind("any", lambda value: value, nullable=True)
+ANY = Kind("any", lambda value: value, nullable=True, schema={})
 KINDS: dict[Any, Kind] = {
     inspect.Parameter.empty: ANY,
     Any: ANY,
     object: ANY,
-    str: Kind("str", _exactly("must be a text", str)),
-    int: Kind("int", _whole_number),
-    float: Kind("float", _finite),
-    bool: Kind("bool", _yes_or_no),
+    str: Kind("str", _exactly("must be a text", str), schema={"type": "string"}),
+    int: Kind("int", _whole_number, schema={"type": "integer"}),
+    float: Kind("float", _finite, schema={"type": "number"}),
+    bool: Kind("bool", _yes_or_no, schema={"type": "boolean"}),
     bytes: Kind("bytes", _exactly("must be bytes", bytes, bytearray)),
-    list: Kind("list", _exactly("must be a list", list)),
-    dict: Kind("dict", _exactly("must be an object", dict)),
+    list: Kind("list", _exactly("must be a list", list), schema={"type": "array"}),
+    dict: Kind("dict", _exactly("must be an object", dict), schema={"type": "object"}),
 }
 
 
@@ -93,8 +103,7 @@ def kind_of(annotation: Any) -> Kind:
     if origin in (Union, types.UnionType):
         return _kind_of_union(inner)
     if origin is list:
-        item = kind_of(inner[0])
-        return Kind(f"list[{item.name}]", lambda value: _convert_items(item, value))
+        return _kind_of_list(kind_of(inner[0]))
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return _kind_of_enum(annotation)
     try:
@@ -113,6 +122,12 @@ def _convert_items(item: Kind, value: Any) -> list[Any]:
     return list(map(item.convert, items))
 
 
+def _kind_of_list(item: Kind) -> Kind:
+    schema = None if item.schema is None else {"type": "array", "items": item.schema}
+    convert = functools.partial(_convert_items, item)
+    return Kind(f"list[{item.name}]", convert, schema=schema)
+
+
 def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
     choices = tuple(value for value in values if value is not None)
     words = {str(c).lower() if isinstance(c, bool) else str(c): c for c in choices}
@@ -124,7 +139,38 @@ def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
             raise ValueError(f"must be one of {', '.join(words)}")
         return words[value]
 
-    return Kind(type(choices[0]).__name__, convert, len(choices) < len(values), choices)
+    nullable = len(choices) < len(values)
+    schema = _any_of([_schema_of_choices(choices)], nullable)
+    return Kind(type(choices[0]).__name__, convert, nullable, choices, schema)
+
+
+_JSON_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of choices
+
+
+def _schema_of_choices(choices: tuple[Any, ...]) -> Schema | None:
+    """An enum, with its type where there is one: some clients take no other."""
+    values = [choice for choice in choices if type(choice) in _JSON_TYPES]
+    if not values:
+        return None
+    kinds = {type(value) for value in values}
+    schema: Schema = {"type": _JSON_TYPES[kinds.pop()]} if len(kinds) == 1 else {}
+    return {**schema, "enum": values}
+
+
+def _any_of(schemas: list[Schema | None], nullable: bool) -> Schema | None:
+    """What any of these admits, or null; None where that is nothing."""
+    found = [schema for schema in schemas if schema is not None]
+    if {} in found:
+        return {}
+    if nullable:
+        found.append(NULL)
+    return {"anyOf": found} if len(found) > 1 else found[0] if found else None
+
+
+def without_null(schema: Schema) -> Schema:
+    """The schema without the null that an Optional admits."""
+    rest = [each for each in schema.get("anyOf", ()) if each is not NULL]
+    return schema if not rest else rest[0] if len(rest) == 1 else {"anyOf": rest}
 
 
 def word_of(member: Enum) -> str:
@@ -149,7 +195,8 @@ def _kind_of_enum(members: type[Enum]) -> Kind:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return found
 
-    return Kind(members.__name__, convert, choices=choices)
+    schema = _schema_of_choices(choices)
+    return Kind(members.__name__, convert, choices=choices, schema=schema)
 
 
 def _is_plain(value: Any) -> bool:
@@ -173,4 +220,6 @@ def _kind_of_union(members: tuple[Any, ...]) -> Kind:
         raise ValueError(" or ".join(problems))
 
     choices = tuple(choice for kind in kinds for choice in kind.choices)
-    return Kind("|".join(kind.name for kind in kinds), convert, nullable, choices)
+    # What JSON can't hold is left out; null is told once, at the end.
+    schema = _any_of([kind.schema for kind in kinds], type(None) in members)
+    return Kind("|".join(kind.name for kind in kinds), convert, nullable, choices, schema)

@@ -97,7 +97,7 @@ class EpollReader:
         self._count = count
         self._failed = failed
         self._connections: dict[int, Readable] = {}
-        self._waiting: dict[int, bool] = {}  # to be read without a new event; is there surely more?
+        self._waiting: dict[int, int] = {}  # what is to be read without a new event: its last one
         self._is_scheduled = False
         self._epoll = select.epoll()
         self._events = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
@@ -136,15 +136,18 @@ class EpollReader:
 
     def _read(self) -> None:
         connections, read, only_data = self._connections, os.read, select.EPOLLIN
-        ready, self._waiting = self._waiting, {}
-        for fd, events in self._epoll.poll(0, MAX_READS):
-            ready[fd] = events != only_data or ready.get(fd, False)
+        ready = self._epoll.poll(0, MAX_READS)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            for fd, events in ready:
+                waiting[fd] = waiting.get(fd, 0) | events
+            ready = list(waiting.items())
         answered: list[Readable] = []
         received = 0
         until = perf_counter() + TURN_S
-        in_turn = iter(ready.items())
+        in_turn = iter(ready)
         try:
-            for fd, is_more in in_turn:
+            for fd, events in in_turn:
                 connection = connections.get(fd)
                 if connection is None:
                     continue  # one that was read before it has ended it
@@ -161,15 +164,15 @@ class EpollReader:
                 try:
                     connection.take(data) if data else connection.take_end()
                 except KeyboardInterrupt:  # the loop ends; should it go on, all are looked at again
-                    self._waiting = dict.fromkeys(connections, True)
+                    self._waiting = dict.fromkeys(connections, self._events)
                     raise
                 except BaseException as exc:  # a bug ends this client, not the others
                     self._failed(connection, exc)
                     connection.abort()
                 if size > FLUSH_BYTES:
                     connection.flush()
-                if (is_more or size == READ_BYTES) and fd in connections:
-                    self._waiting[fd] = is_more
+                if (events != only_data or size == READ_BYTES) and fd in connections:
+                    self._waiting[fd] = events
                 if perf_counter() > until:
                     break
         finally:

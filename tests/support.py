@@ -48,8 +48,8 @@ SERVER_FILE = ROOT / "karna_ws.py"
 
 
 MODULES = {
-    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mypy", "prometheus_client",
-    "redis", "socketio", "uvloop",
+    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mcp", "mypy",
+    "prometheus_client", "redis", "socketio", "uvloop",
 }  # fmt: skip
 
 

@@ -733,6 +733,11 @@ def test_enum_is_told_as_the_choices_that_it_is() -> None:
     colour, level, odd = command.describe()["arguments"]
     assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
     assert (level["default"], odd["default"]) == (None, "BOTH")
+    schema = command.input_schema
+    assert schema is not None and schema["properties"]["colour"] == {
+        "type": "string", "enum": ["red", "green"]
+    }  # fmt: skip
+    assert schema["properties"]["odd"]["default"] == "BOTH"
 
     class Empty(enum.Enum): ...
 
@@ -745,3 +750,124 @@ def test_enum_is_told_as_the_choices_that_it_is() -> None:
 def test_command_from_a_text_is_told_where_its_name_goes() -> None:
     with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
         CommandProcessor().command("lights-on")  # type: ignore[call-overload]
+
+
+def test_input_schema_is_made_from_the_signature() -> None:
+    async def brew(
+        cups: int,
+        milk: float = 0.5,
+        *extras: str | None,
+        size: Literal["small", "large"] = "small",
+        name: str | None = None,
+        temperatures: list[float] | int = 90,
+        odd: Any = float("nan"),
+        image: bytes | str = b"",
+        raw: bytes = b"",
+        mode: Literal[1, "a", None] = None,
+        context: Context | None = None,
+    ) -> None:
+        """Brew coffee.
+
+        cups: how many
+        milk (float): in parts of a cup
+        :param size: of each
+        *extras: what goes in
+        unknown: nothing
+        """
+
+    assert Command(brew).input_schema == {
+        "type": "object",
+        "properties": {
+            "cups": {"type": "integer", "description": "how many"},
+            "milk": {"type": "number", "default": 0.5, "description": "in parts of a cup"},
+            "extras": {
+                "type": "array", "items": {"type": "string"}, "description": "what goes in",
+            },
+            "size": {
+                "type": "string", "enum": ["small", "large"], "default": "small",
+                "description": "of each",
+            },
+            "name": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+            "temperatures": {
+                "anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "integer"}],
+                "default": 90,
+            },
+            "odd": {},
+            "image": {"type": "string"},
+            "mode": {"anyOf": [{"enum": [1, "a"]}, {"type": "null"}], "default": None},
+        },
+        "required": ["cups"],
+        "additionalProperties": False,
+    }  # fmt: skip
+
+
+def test_input_schema_always_has_an_object_at_the_top() -> None:
+    def nothing() -> None: ...
+
+    def anything(**more: Any) -> None: ...
+
+    def numbers(*rest: int, **more: int) -> None: ...
+
+    def raw(data: bytes) -> None: ...
+
+    empty = {"type": "object", "properties": {}}
+    assert Command(nothing).input_schema == {**empty, "additionalProperties": False}
+    assert Command(anything).input_schema == {**empty, "additionalProperties": True}
+    assert Command(numbers).input_schema == {
+        "type": "object",
+        "properties": {"rest": {"type": "array", "items": {"type": "integer"}, "minItems": 1}},
+        "required": ["rest"],
+        "additionalProperties": {"type": "integer"},
+    }
+    assert Command(raw).input_schema is None, "JSON has no bytes"
+
+
+def test_whole_number_may_come_as_a_float() -> None:
+    bound = shapes().commands["move"].bind((), {"x": 3.0})
+    assert bound[0][0] == 3 and type(bound[0][0]) is int
+    with pytest.raises(UsageError, match="whole number"):
+        shapes().commands["move"].bind((), {"x": 2.0**60})
+
+
+def values_of(schema: Any) -> Any:
+    """What a schema of ours admits."""
+    if "anyOf" in schema:
+        return st.one_of([values_of(each) for each in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    kinds = {
+        "string": st.text(max_size=5), "boolean": st.booleans(), "null": st.none(),
+        "integer": st.integers(-(2**63), 2**64 - 1) | st.integers(-99, 99).map(float),
+        "number": st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False),
+        "object": st.dictionaries(st.text(max_size=3), JSON_VALUES, max_size=3),
+    }  # fmt: skip
+    if schema.get("type") == "array":
+        items = values_of(schema.get("items", {}))
+        return st.lists(items, min_size=schema.get("minItems", 0), max_size=4)
+    return kinds[schema["type"]] if "type" in schema else JSON_VALUES
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_what_the_schema_admits_binds(data: Any) -> None:
+    command = data.draw(st.sampled_from(SHAPES.distinct()))
+    schema = command.input_schema
+    required = schema.get("required", [])
+    fields = {name: values_of(each) for name, each in schema["properties"].items()}
+    given_ = data.draw(st.fixed_dictionaries(
+        {name: fields[name] for name in required},
+        optional={name: each for name, each in fields.items() if name not in required},
+    ))  # fmt: skip
+    if schema["additionalProperties"] is not False:
+        further = st.dictionaries(st.text("qrs", min_size=1, max_size=3), JSON_VALUES, max_size=2)
+        given_ |= data.draw(further)
+    args, kwargs = command.bind((), given_)
+    command.function(*args, **kwargs)
+
+
+def test_built_in_commands_are_tools_only_where_they_say_so() -> None:
+    commands = CommandProcessor()
+    assert [each.name for each in commands.distinct() if each.tool] == ["time"]
+    revision = commands.revision
+    commands.add(Command(lambda *text: "mine", name="echo"))
+    assert commands.commands["echo"].tool is None and commands.revision > revision
