@@ -30,6 +30,7 @@ import karna.needs  # noqa: F401  (first: it says what has to be installed)
 import asyncio
 import functools
 import gc
+import logging
 import os
 import sys
 import threading
@@ -43,6 +44,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast, overload
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
+from karna import trace
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
 from karna.calls import NO_GROUPS, Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
@@ -170,6 +172,8 @@ class SocketIoDoor(SocketIoSession):
         if not self.is_authorized:
             if not token_matches(manager.config.token, auth.get("token")):
                 manager.metrics.refusals["token"] += 1
+                if manager.traces:
+                    log.debug("%s refused: unauthorized", self.connection.who)
                 return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
             if self.connection not in manager.seats:
                 if manager.is_full:
@@ -230,6 +234,7 @@ class WebSocketManager(ServedHub):
         makers = (Service.get_status, CommandProcessor.get_status)
         self.board = StatusBoard(self.services, self.commands, makers)
         self.commands.use_broadcaster(self)
+        self.commands.log_gate = self.log_gate
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
@@ -266,7 +271,9 @@ class WebSocketManager(ServedHub):
         self.commands.timeout_s = config.command_timeout_s
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
-        self.prepared: dict[str, Call] = self.commands.prepared if is_ours else {}
+        self.traces = log.isEnabledFor(logging.DEBUG)
+        has_lane = is_ours and not self.traces
+        self.prepared: dict[str, Call] = self.commands.prepared if has_lane else {}
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
@@ -313,7 +320,8 @@ class WebSocketManager(ServedHub):
         def register(name: str, function: Any) -> None:
             if name in BUILT_IN_METHODS or name in self.methods:
                 raise ValueError(f"method {name!r} exists already")
-            self.methods[name] = Command(function, name=name, inline=inline)
+            command = self.methods[name] = Command(function, name=name, inline=inline)
+            command.title = f"method {name}"
 
         return decorator(register, name)
 
@@ -329,6 +337,7 @@ class WebSocketManager(ServedHub):
         """Decorator: handle `event` of Socket.IO clients, or any client's coming and going.
 
         connect      handler(client, auth); raising refuses the client with the error's message
+                     (PermissionError: without a traceback in the log)
         disconnect   handler(client, reason)
         any event    handler(client, *args); what it returns is the ack, a tuple several values
 
@@ -482,6 +491,8 @@ class WebSocketManager(ServedHub):
         if not client.is_present:
             return  # it has left meanwhile
         if error is not None:
+            who, text = client.connection.who, "%s was not let in by the connect handler"
+            self.log_gate.info("clients that were not let in", text, who)
             return client.refuse(encodable(explain(error)))
         self.flush_broadcasts()  # to the others: this one gets them from the history
         since, missed = client.since, None
@@ -545,6 +556,7 @@ class WebSocketManager(ServedHub):
                 CloseCode.POLICY_VIOLATION, "the client came back by another connection"
             )
         members[client.id] = client
+        trace.came(client)
         if isinstance(client, SocketIoClient):
             client.session.connect_deadline = NEVER
 
@@ -557,6 +569,7 @@ class WebSocketManager(ServedHub):
         if not self.is_in(client):
             return
         del self._members(client)[client.id]
+        trace.went(client, reason)
         handler = self.handlers.get("disconnect")
         if handler is not None:
             self.leaving += 1
@@ -606,6 +619,8 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
 
 def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
     """Answer one request, now or later. Never raises."""
+    if request.client.manager.traces:
+        trace.asked(request, message.get("method"), message.get("params"))
     try:
         if type(request.id) not in ID_TYPES:
             request.id = None
@@ -656,7 +671,7 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     calls = request.client.calls
     if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
-    return request.encode("command_response", {"cancelled": wanted})
+    return request.result({"cancelled": wanted})
 
 
 def answer(request: Request, params: dict[str, Any]) -> bytes | None:
@@ -664,7 +679,7 @@ def answer(request: Request, params: dict[str, Any]) -> bytes | None:
     number = params.get("call")
     if not request.client.questions.answer(number, params.get("data"), params.get("error")):
         raise InvalidParams(f"no question {number!r} waits for an answer")
-    return request.encode("command_response", {"answered": number})
+    return request.result({"answered": number})
 
 
 BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
@@ -711,7 +726,7 @@ def handle_event(
     name, args = str(event[0]), event[1:]  # the protocol allows a number as a name
     handler = client.manager.handlers.get(name)
     if handler is not None:
-        answer = handle_program_event(EventRequest(client, None, ack, size), handler, args)
+        answer = handle_program_event(EventRequest(client, None, ack, size), name, handler, args)
     elif parameters_of(client.manager, name) is not None:
         message = {"method": name, "params": args[0] if args else {}}
         answer = handle_request(Request(client, None, ack, size), message)
@@ -722,8 +737,12 @@ def handle_event(
     return None if answer is None else client.wrap(answer, ack)
 
 
-def handle_program_event(request: Request, handler: Command, args: list[Any]) -> bytes | None:
+def handle_program_event(
+    request: Request, name: str, handler: Command, args: list[Any]
+) -> bytes | None:
     """Run the handler that a program has for an event."""
+    if request.client.manager.traces:
+        trace.asked(request, f"event {name}", None)
     try:
         return submit(request, Call, handler, [request.client, *args], {})
     except FAULTS as exc:

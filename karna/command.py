@@ -18,7 +18,7 @@ from typing import Any, get_args
 from orjson import dumps, loads
 
 from karna.context import Context
-from karna.errors import UsageError
+from karna.errors import CommandFailed, UsageError
 from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
 from karna.words import stems_of
 
@@ -149,6 +149,7 @@ class Command:
         self.name = name or name_of(function)
         self.aliases = tuple(aliases)
         self.names = (self.name, *self.aliases)
+        self.title = f"command {self.name}"  # in logs
         for each in self.names:
             if not re.fullmatch(r"[^\s\"'\\]+", each) or not each.isprintable():
                 raise ValueError(f"a command's name is one word without quotes, not {each!r}")
@@ -160,6 +161,7 @@ class Command:
         self.confirm = confirm
         self.read_only = read_only
         self.destructive = destructive
+        self.expected: tuple[type[Exception], ...] = ()  # that it raises to say no: no bugs
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
@@ -399,16 +401,23 @@ def as_handler(function: Callable[..., Any], inline: bool, event: str = "") -> C
     Raises TypeError for one that could not be called with them.
     """
 
-    async def call_async(*args: Any) -> Any:
-        return await function(*args)
-
     def call(*args: Any) -> Any:
-        return function(*args)
+        try:
+            return function(*args)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise
+            # It was not even entered: the client sent more values, or fewer, than it takes.
+            raise CommandFailed(str(error)) from None
+
+    async def call_async(*args: Any) -> Any:
+        return await call(*args)
 
     _check_handler(function, event)
     is_async = inspect.iscoroutinefunction(function)
     command = Command(call_async if is_async else call, name="handler", inline=inline)
-    command.is_handler = True
+    command.is_handler, command.title = True, f"handler of {event!r}"
+    command.expected = (PermissionError,) if event == "connect" else ()
     return command
 
 

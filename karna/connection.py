@@ -45,6 +45,7 @@ from karna.door import (
 from karna.errors import FAULTS
 from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
+from karna.log import log
 from karna.reader import FLUSH_BYTES, EpollReader
 from karna.sender import Sender
 
@@ -101,6 +102,8 @@ class Connection(Sender):
             self.fd = transport.get_extra_info("socket").fileno()
             self.transport.set_write_buffer_limits(0)
         self.hub.adopt(self)
+        if self.hub.traces:
+            log.debug("%s connected", self.who)
 
     def data_received(self, data: bytes) -> None:
         self.hub.bytes_in += len(data)
@@ -128,6 +131,8 @@ class Connection(Sender):
         self._holds = HOLD_CLOSED
         self._tail = self._parts = None
         self.hub.release(self)
+        if self.hub.traces:
+            log.debug("%s closed", self.name)
         self._wake_writers()
 
     def pause_writing(self) -> None:

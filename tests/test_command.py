@@ -496,19 +496,24 @@ async def test_handler_raising_service_error_passes_it_unchanged() -> None:
         assert caught.value is error
 
 
-async def test_handler_that_raises_is_logged_with_traceback_at_debug_only(
+async def test_command_that_raises_is_logged_with_its_traceback_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fails() -> None:
+    async def waits() -> None:
         raise ValueError("no good")
 
-    commands = processor(fails)
-    for level, expected in [(logging.INFO, 0), (logging.DEBUG, 1)]:
-        caplog.clear()
-        caplog.set_level(level, "karna_ws")
-        with pytest.raises(CommandFailed):
-            await run_line(commands, "fails")
-        assert caplog.text.count("Traceback") == expected
+    def blocks() -> None:
+        {}["nothing"]  # type: ignore[index]
+
+    commands = processor(waits, blocks)
+    for _ in range(3):
+        for line in ("waits", "blocks"):
+            with pytest.raises(CommandFailed):
+                await run_line(commands, line)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("command waits failed: ValueError\n  | Traceback")
+    assert second.startswith("command blocks failed: KeyError\n  | Traceback")
+    assert 'raise ValueError("no good")' in first and '{}["nothing"]' in second
 
 
 async def test_processor_runs_each_kind_of_function_and_counts() -> None:
