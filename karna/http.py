@@ -203,7 +203,7 @@ class Exchange(Door):
         request = getattr(self, "head", None)
         connection.write(head if request and request.method == "HEAD" else head + body)
         if connection.hub.traces:
-            responded(connection.name, request, status)
+            responded(connection, request, status)
         self._finish(len(body))
 
     def _decide_on_next(self) -> None:

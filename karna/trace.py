@@ -1,6 +1,6 @@
 """What the log shows of clients: who came and went; at level debug each request and its answer.
 
-Names and numbers alone, never what was said. Whoever calls `asked` and what follows it has looked
+Names and numbers alone, never what was said. Whoever calls `opened` or what follows it has looked
 at `hub.traces` before, so that nothing is made for a level that is off. Imports log and text; used
 by whoever has a client, a request or a socket.
 """
@@ -16,6 +16,11 @@ from karna.log import log
 from karna.text import one_line
 
 MAX_NAME_CHARS = 60  # of a method and a command, which a client may have invented
+
+
+def is_wanted() -> bool:
+    """Is each request to be shown?"""
+    return log.isEnabledFor(logging.DEBUG)
 
 
 def came(client: Any) -> None:
@@ -38,6 +43,21 @@ def _described(client: Any) -> str:
     return f"socket.io {client.namespace}, {client.id}"
 
 
+def opened(connection: Any) -> None:
+    """A socket was accepted."""
+    log.debug("%s connected", connection.who)
+
+
+def closed(connection: Any) -> None:
+    """A socket is closed."""
+    log.debug("%s closed", connection.name)
+
+
+def refused(connection: Any, code: str) -> None:
+    """A Socket.IO client may not join; HTTP and the raw door say so by their response."""
+    log.debug("%s refused: %s", connection.name, code)
+
+
 def asked(request: Any, method: object, params: object) -> None:
     """A request has arrived."""
     name = method if isinstance(method, str) else "without a method"
@@ -56,7 +76,7 @@ def answered(request: Any, outcome: str) -> None:
         log.debug("%s < %s: %s, %.1f ms", who, name, outcome, took_ms)
 
 
-def responded(name: str, head: Any, status: int) -> None:
+def responded(connection: Any, head: Any, status: int) -> None:
     """An HTTP request has its response. head: None where it could not be read."""
-    what = "?" if head is None else f"{head.method} {one_line(head.path, MAX_NAME_CHARS)}"
-    log.debug("%s %s: %d", name, what, status)
+    what = "?" if head is None else one_line(f"{head.method} {head.path}", MAX_NAME_CHARS)
+    log.debug("%s %s: %d", connection.name, what, status)
