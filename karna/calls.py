@@ -416,6 +416,8 @@ class Calls:
         self.manager.metrics.count_task(code, perf_counter() - request.started)
         if request.client.calls is self:  # it is still there
             request.deliver(self._answer_to(request, value, error))
+        elif request.trace is not None:
+            answered(request, f"{code}, nobody waits for it")
         self._start_waiting()
         if not self.running:  # nothing waits either: the shorter way is open again
             for client in self.clients:

@@ -20,8 +20,9 @@ REMEMBER_S = 600.0  # after its last error a place is forgotten, and its next on
 COMINGS = 50  # lines about clients that come, and about those that go, in a window of the gate
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_OURS = tuple(
-    os.path.join(_ROOT, name) for name in ("karna" + os.sep, "karna_ws.py", "services.py")
+_LIBRARIES = (
+    os.path.dirname(os.__file__),
+    *(os.path.join(_ROOT, name) for name in ("karna" + os.sep, "karna_ws.py", "services.py")),
 )
 
 
@@ -119,15 +120,20 @@ class LogGate:
         self._faults.clear()
 
 
-def _places(exc: BaseException) -> tuple[object, object]:
-    """Where an error came from: the outermost line that is not ours, and the deepest one.
+def _places(exc: BaseException) -> tuple[object, ...]:
+    """Where an error came from: the program's outermost and deepest lines, and the deepest of all.
 
-    Two lines, and not all: how deep a function calls itself, a client may choose.
+    Three lines, and not each: how deep a function calls itself, a client may choose.
     """
     frames = [(frame.f_code.co_filename, line)
               for frame, line in traceback.walk_tb(exc.__traceback__)]  # fmt: skip
-    theirs = (place for place in frames if not os.path.abspath(place[0]).startswith(_OURS))
-    return next(theirs, None), frames[-1] if frames else None
+    own = [place for place in frames if not _is_library(place[0])] or frames
+    return (own[0], own[-1], frames[-1]) if frames else ()
+
+
+def _is_library(file: str) -> bool:
+    """Is it ours, or a library's, and so called from many places?"""
+    return "site-packages" in file or os.path.abspath(file).startswith(_LIBRARIES)
 
 
 def describe_error(exc: BaseException) -> str:
