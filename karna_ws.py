@@ -33,8 +33,6 @@ import gc
 import os
 import sys
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -44,15 +42,14 @@ from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
-from karna.calls import NO_GROUPS, Client, Request, submit
+from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import HOLD_CONNECT, NEVER, Door
-from karna.context import Context
+from karna.door import Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
-from karna.errors import Unavailable, UsageError, explain, name_stray
+from karna.errors import Unavailable, UsageError, name_stray
 from karna.frames import PING_FRAME, frame_binary, frame_text
 from karna.history import Entry, replay_bytes, with_group
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
@@ -65,7 +62,6 @@ from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
-from karna.text import encodable
 from services import CommandProcessor, Function, LanguageService, ModelService, VisionService
 from services import notification
 
@@ -79,8 +75,6 @@ __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
 FULL_TEXT = "the server is full (--max-clients)"
-LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
-REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
 
 
 
@@ -92,12 +86,12 @@ REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its cli
 class RawClient(Client, Door):
     """The raw door: each message is a JSON request or answer."""
 
-    __slots__ = ("since",)
+    __slots__ = ()
     door = "raw"
 
     def __init__(self, connection: Connection, manager: WebSocketManager, since: str | None):
         super().__init__(connection, manager, connection.name)
-        self.since = since  # the offset it comes back with
+        self.since = since
 
     def receive(self, payload: bytes, is_text: bool) -> bytes | None:
         try:
@@ -119,7 +113,7 @@ class RawClient(Client, Door):
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.connection.send_frame(frame_text(envelope))
 
-    def welcome(self, missed: Sequence[Entry] | None) -> None:
+    def welcome(self, missed: list[Entry] | None) -> None:
         """It is in: send what it missed."""
         if missed is not None:
             self.connection.allow(replay_bytes(missed))
@@ -231,9 +225,7 @@ class WebSocketManager(ServedHub):
         self.board = StatusBoard(self.services, self.commands, makers)
         self.commands.use_broadcaster(self)
         self.methods: dict[str, Command] = {}
-        self.handlers: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
-        self._parted: OrderedDict[Any, Any] = OrderedDict()  # state and groups of who may recover
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self.mcp: Mcp | None = None  # from the first assistant on
         self._route = functools.partial(route, self)
@@ -267,6 +259,7 @@ class WebSocketManager(ServedHub):
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
         self.prepared: dict[str, Call] = self.commands.prepared if is_ours else {}
+        self.prepare_inline = self.commands.prepare_inline if is_ours else _prepare_nothing
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
@@ -289,6 +282,7 @@ class WebSocketManager(ServedHub):
         """Start no command any more; answer what runs."""
         self.is_draining = True
         self.prepared = {}
+        self.prepare_inline = _prepare_nothing
         if self.mcp is not None:
             self.mcp.stop()
 
@@ -407,6 +401,9 @@ class WebSocketManager(ServedHub):
         node = None if self.backplane is None else self.node
         return self.board.encode_answer(self.flushed, node)
 
+    def send_status(self, client: Client) -> None:
+        client.deliver(self.encode_status_answer() + b"}", None)
+
     def offset_changed(self) -> None:
         self.board.forget_answer()
 
@@ -428,146 +425,10 @@ class WebSocketManager(ServedHub):
     def first_door(self, connection: Connection) -> Exchange:
         return Exchange(connection, self._route)
 
-    def admit(self, client: RawClient | SocketIoClient) -> None:
-        """A client asks to come in: its connect handler decides; then it is sent what it missed.
 
-        Until then it is not counted and gets no broadcast.
-        """
-        if self._is_ahead(client.since):
-            self.spawn(self._admit_later(client), f"{client.id} waits for the backplane")
-        else:
-            self._ask(client)
-
-    async def _admit_later(self, client: RawClient | SocketIoClient) -> None:
-        """Wait a bounded time, or the client would get again what it has seen elsewhere."""
-        until = time.monotonic() + LAG_S
-        while self._is_ahead(client.since) and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        self._ask(client)
-
-    def _is_ahead(self, offset: str | None) -> bool:
-        """Has another process sent this to a client, while it is still on its way to this one?"""
-        return self.backplane is not None and offset is not None and self.backplane.is_ahead(offset)
-
-    def _keep_state(self, client: Client) -> None:
-        """For a client that may recover: what a program knows of it, and its groups."""
-        if client._state or client.groups:
-            self._parted[client.namespace, client.id] = client._state, client.groups
-            while len(self._parted) > self.config.max_clients:
-                self._parted.popitem(last=False)
-
-    def _restore_state(self, client: Client) -> None:
-        before = self._members(client).get(client.id)  # a connection not known to be dead yet
-        parted = (None, NO_GROUPS) if before is None else (before._state, before.groups)
-        client._state, groups = self._parted.pop((client.namespace, client.id), parted)
-        for group in groups:
-            client.join(group)
-
-    def _ask(self, client: RawClient | SocketIoClient) -> None:
-        if client.since is not None and client.door == "socket.io":
-            self._restore_state(client)
-        handler = self.handlers.get("connect")
-        if handler is None or not client.is_present:
-            return self._decided(client, None, None)
-        if client.door == "raw":
-            client.connection.hold(HOLD_CONNECT)
-        call = Call(handler, [client, client.auth], {})
-        decided = functools.partial(self._decided, client)
-        self.commands.start_call(call, Context(client, owner=client.connection), decided)
-
-    def _decided(
-        self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
-    ) -> None:
-        client.connection.release(HOLD_CONNECT)
-        if not client.is_present:
-            return  # it has left meanwhile
-        if error is not None:
-            return client.refuse(encodable(explain(error)))
-        self.flush_broadcasts()  # to the others: this one gets them from the history
-        since, missed = client.since, None
-        if since is not None and not self._is_ahead(since):
-            missed = self.history.since(since)
-        if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
-            self.spawn(self._replay(client, missed), f"replay for {client.id}")
-        else:
-            self._enter(client, missed)
-
-    async def _replay(self, client: RawClient | SocketIoClient, missed: list[Entry]) -> None:
-        """Send a long replay as its client reads it; it is live when it has caught up.
-
-        Until then it is not read: an answer would tell an offset that it has not come to.
-        """
-        client.connection.hold(HOLD_CONNECT)
-        longest_s = self.config.raw_ping_interval_s + self.config.ping_timeout_s
-        left: list[Entry] | None = missed
-        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
-            for entry in self.missed_by(client, left):
-                client.send_missed(entry)
-                if not await client.connection.written_within(longest_s):
-                    return
-            self.flush_broadcasts()
-            left = self.history.since(left[-1].offset)
-        self._enter(client, left)
-
-    def _enter(self, client: RawClient | SocketIoClient, missed: list[Entry] | None) -> None:
-        """It is live from now on."""
-        client.connection.release(HOLD_CONNECT)
-        self._add(client)
-        client.welcome(None if missed is None else self.missed_by(client, missed))
-        if missed is not None and self.backplane is not None:
-            # Status is not in the shared history: a client that returns gets it.
-            client.deliver(self.encode_status_answer() + b"}", None)
-
-    def replay_group(self, client: Client, group: str, since: str) -> None:
-        """Send what was broadcast to one group after an offset."""
-        entries = self.history.since(since)
-        if entries is None:
-            return client.deliver(HISTORY_GAP, None)
-        entries = [each for each in entries if each.group == group]
-        client.connection.allow(replay_bytes(entries))
-        for entry in entries:
-            client.send_missed(entry)
-
-    def is_in(self, client: Client) -> bool:
-        """Was it let in, and has not left?"""
-        return self._members(client).get(client.id) is client
-
-    def _members(self, client: Client) -> dict[str, Any]:
-        if client.door == "socket.io":
-            return self.sockets[client.namespace]
-        return self.raw if client.door == "raw" else {}
-
-    def _add(self, client: RawClient | SocketIoClient) -> None:
-        members = self._members(client)
-        before: Client | None = members.get(client.id)
-        if before is not None:  # its own connection, which we did not know to be dead: it leaves
-            before.connection.close(
-                CloseCode.POLICY_VIOLATION, "the client came back by another connection"
-            )
-        members[client.id] = client
-        if isinstance(client, SocketIoClient):
-            client.session.connect_deadline = NEVER
-
-    def leave(self, client: Client, reason: str) -> None:
-        """A client is gone; its disconnect handler runs if it was let in at all."""
-        client.cancel_calls()
-        if reason == "transport close" and client.door == "socket.io":
-            self._keep_state(client)
-        self.leave_groups(client, client.groups)
-        if not self.is_in(client):
-            return
-        del self._members(client)[client.id]
-        handler = self.handlers.get("disconnect")
-        if handler is not None:
-            self.leaving += 1
-            client.connection.count_leaving(1)
-            call = Call(handler, [client, reason], {})
-            left = functools.partial(self._left, client)
-            self.commands.start_call(call, Context(client, owner=client.connection), left)
-
-    def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
-        self.leaving -= 1
-        client.connection.count_leaving(-1)
+def _prepare_nothing(line: str) -> Call | None:
+    """Where the fast lane is closed."""
+    return None
 
 
 def _function_of(method: Any) -> Any:
@@ -582,14 +443,16 @@ def _function_of(method: Any) -> Any:
 def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: int) -> bytes | None:
     """Answer one request of our own form, now or later. Never raises.
 
-    The fast lane: a command line that is ready to run, and needs no task, needs no Request either.
+    The fast lane: a command line that is bound without a fault, and needs no task, needs no
+    Request either.
     """
     params, wanted = message.get("params"), message.get("id")
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
-        call = manager.prepared.get(line) if type(line) is str else None
-        is_id = type(wanted) is int or type(wanted) in ID_TYPES  # the first is quicker
-        if call is not None and client.calls is None and is_id:
+        call = None
+        if type(line) is str and client.calls is None and type(wanted) in ID_TYPES:
+            call = manager.prepared.get(line) or manager.prepare_inline(line)
+        if call is not None:
             try:
                 value = manager.commands.call_inline(call)
                 data = {"command": line, "result": value}

@@ -182,6 +182,16 @@ class CommandProcessor(Service):
             self.prepared[line] = call
         return call
 
+    def prepare_inline(self, line: str) -> Call | None:
+        """`prepare`, for a line of an inline command without a fault; None for any other."""
+        command = self.commands.get(line.partition(" ")[0])
+        if command is None or not command.inline:
+            return None
+        try:
+            return self.prepare(line)
+        except UsageError:
+            return None
+
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
         near = self.suggest(name[:MAX_NAME_CHARS])

@@ -64,7 +64,7 @@ class Client:
 
     __slots__ = (
         "__weakref__", "_questions", "_state", "auth", "calls", "connection", "groups", "id",
-        "manager",
+        "manager", "since",
     )  # fmt: skip
     door: ClassVar[str] = ""
     namespace = "/"
@@ -74,6 +74,7 @@ class Client:
         self.manager = manager
         self.id = id
         self.auth: dict[str, Any] = {}
+        self.since: str | None = None  # the offset that it comes back with, if it does
         self.groups: frozenset[str] = NO_GROUPS  # that it has joined
         self._state: dict[str, Any] | None = None
         self._questions: Questions | None = None  # made with the first
@@ -150,6 +151,14 @@ class Client:
 
     def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
         """Send a question in the door's own form."""
+        raise NotImplementedError
+
+    def welcome(self, missed: list[Entry] | None) -> None:
+        """It is in: send what it missed; None where that is not known, or it does not come back."""
+        raise NotImplementedError
+
+    def refuse(self, message: str) -> None:
+        """It may not come in."""
         raise NotImplementedError
 
     def send_missed(self, entry: Entry) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from websockets.frames import CloseCode
 
-from karna.broadcasts import BroadcastHub
+from karna.admission import AdmissionHub
 from karna.config import Config
 from karna.connection import Connection
 from karna.door import Phase
@@ -36,7 +36,7 @@ BACKPLANE_S = 1.0  # to load history from Redis before the first client is let i
 is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 
 
-class ServedHub(BroadcastHub):
+class ServedHub(AdmissionHub):
     """What the server needs of the manager at the top."""
 
     services: dict[str, Service]

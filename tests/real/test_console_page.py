@@ -368,7 +368,7 @@ async def test_page_gets_missed_messages_after_a_cut(chromium: str) -> None:
         wire.cut()
         await page.until_log("Connection lost.")
         await page.until_entry("steps", "lost")
-        await page.until("$('link-wait').innerText.includes('trying again in')")
+        await page.until("$('link-wait').innerText.includes('reconnecting in')")
         for number in range(3):
             host.manager.notify(f"missed {number}")
         wire.mend()

@@ -30,7 +30,7 @@ from karna.command_line import make_parser
 from karna_ws import Config, WebSocketManager, serving
 from services import CommandProcessor, Context, Service
 from support import ROOT, Raw, needs, served
-from support_clients import Program, copy_server, program, running
+from support_clients import copy_server, program, running
 from test_house import FILES, graph
 
 
