@@ -390,7 +390,7 @@ def test_limits_are_those_of_config() -> None:
 
 def test_first_page_is_short() -> None:
     words = [word for word in README.split() if re.search(r"\w", word)]
-    assert len(words) < 2_300, "the wire, speed and design have pages of their own"
+    assert len(words) < 2_150, "the wire, speed and design have pages of their own"
 
 
 # --- The rooms ---------------------------------------------------------------------------------
