@@ -495,7 +495,7 @@ class Connection(Sender):
             return
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
-        self.hub.seats.discard(self)
+        self.hub.unseat(self)
         self.door.end()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:
