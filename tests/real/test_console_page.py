@@ -19,7 +19,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from karna_ws import WebSocketManager, serving
-from services import CommandProcessor, Service
+from services import CommandProcessor, Context, Service
 from support import DEADLINE_S, ROOT, needs
 from support_clients import Wire, Host, make_png
 
@@ -667,6 +667,23 @@ async def test_question_of_server_is_shown_and_answered(chromium: str) -> None:
         await page.until(asked)
         await page.click("button", "Yes")
         assert "too late" in await page.until_entry("Still there?", "error")
+        assert page.problems == []
+
+
+async def test_command_asks_the_page_that_ran_it(chromium: str) -> None:
+    host = Host()
+
+    @host.commands.command
+    async def unlock(context: Context) -> str:
+        return "open" if await context.client.call("confirm", "Unlock it?") else "shut"
+
+    async with serving(host.manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        for word, result in (("Yes", "open"), ("No", "shut")):
+            await page.run("unlock")
+            await page.until("document.querySelector('[data-state=asking]')")
+            await page.click("button", word)
+            assert result in await page.until_entry("unlock", "done")
         assert page.problems == []
 
 
