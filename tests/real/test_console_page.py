@@ -249,6 +249,10 @@ async def post_json(port: int, path: str, body: Any) -> tuple[int, Any]:
 async def test_page_runs_commands_and_shows_their_results(chromium: str) -> None:
     async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
         await page.until_open()
+        await page.click("button", "time")  # one that is offered to try
+        assert await page.evaluate("$('line').value") == "time"
+        await page.press("Enter")
+        await page.until_entry("time", "done")
         await page.run("echo hello <b>world</b>")
         assert "hello <b>world</b>" in await page.until_entry("echo hello <b>world</b>", "done")
         await page.run("help")
@@ -711,6 +715,11 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         await page.evaluate("for (let n = 0; n < 40; n++) run(`echo again ${n}`)")
         await page.until_entry("echo again 39", "done")
         assert await page.evaluate(in_view)
+        end = "Math.abs(box.scrollHeight - box.clientHeight - box.scrollTop) < 2"
+        manager.ask(2, "confirm", "And further?")  # who reads at the end stays there
+        at_end = f"new Promise(requestAnimationFrame).then(() => {{ const box = $('transcript'); return {end}; }})"
+        await page.until("document.querySelectorAll('[data-state=asking]').length === 2")
+        assert await page.evaluate(at_end)
         wire.cut()
         text = await page.until_entry("Go on?", "lost")
         assert "before this was answered" in text
