@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast, overload
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
+from karna import trace
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
 from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
@@ -164,6 +165,8 @@ class SocketIoDoor(SocketIoSession):
         if not self.is_authorized:
             if not token_matches(manager.config.token, auth.get("token")):
                 manager.metrics.refusals["token"] += 1
+                if manager.traces:
+                    trace.refused(self.connection, "unauthorized")
                 return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
             if self.connection not in manager.seats:
                 if manager.is_full:
@@ -224,6 +227,7 @@ class WebSocketManager(ServedHub):
         makers = (Service.get_status, CommandProcessor.get_status)
         self.board = StatusBoard(self.services, self.commands, makers)
         self.commands.use_broadcaster(self)
+        self.commands.log_gate = self.log_gate
         self.methods: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
@@ -258,8 +262,10 @@ class WebSocketManager(ServedHub):
         self.commands.timeout_s = config.command_timeout_s
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
-        self.prepared: dict[str, Call] = self.commands.prepared if is_ours else {}
-        self.prepare_inline = self.commands.prepare_inline if is_ours else _prepare_nothing
+        self.traces = trace.is_wanted()
+        has_lane = is_ours and not self.traces
+        self.prepared: dict[str, Call] = self.commands.prepared if has_lane else {}
+        self.prepare_inline = self.commands.prepare_inline if has_lane else _prepare_nothing
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
@@ -307,7 +313,8 @@ class WebSocketManager(ServedHub):
         def register(name: str, function: Any) -> None:
             if name in BUILT_IN_METHODS or name in self.methods:
                 raise ValueError(f"method {name!r} exists already")
-            self.methods[name] = Command(function, name=name, inline=inline)
+            command = self.methods[name] = Command(function, name=name, inline=inline)
+            command.title = f"method {name}"
 
         return decorator(register, name)
 
@@ -323,6 +330,7 @@ class WebSocketManager(ServedHub):
         """Decorator: handle `event` of Socket.IO clients, or any client's coming and going.
 
         connect      handler(client, auth); raising refuses the client with the error's message
+                     (PermissionError: without a traceback in the log)
         disconnect   handler(client, reason)
         any event    handler(client, *args); what it returns is the ack, a tuple several values
 
@@ -469,6 +477,8 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
 
 def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
     """Answer one request, now or later. Never raises."""
+    if request.client.manager.traces:
+        trace.asked(request, message.get("method"), message.get("params"))
     try:
         if type(request.id) not in ID_TYPES:
             request.id = None
@@ -519,7 +529,7 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     calls = request.client.calls
     if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
-    return request.encode("command_response", {"cancelled": wanted})
+    return request.result({"cancelled": wanted})
 
 
 def answer(request: Request, params: dict[str, Any]) -> bytes | None:
@@ -527,7 +537,7 @@ def answer(request: Request, params: dict[str, Any]) -> bytes | None:
     number = params.get("call")
     if not request.client.questions.answer(number, params.get("data"), params.get("error")):
         raise InvalidParams(f"no question {number!r} waits for an answer")
-    return request.encode("command_response", {"answered": number})
+    return request.result({"answered": number})
 
 
 BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
@@ -587,6 +597,8 @@ def handle_event(
 
 def handle_program_event(request: Request, handler: Command, args: list[Any]) -> bytes | None:
     """Run the handler that a program has for an event."""
+    if request.client.manager.traces:
+        trace.asked(request, handler.title, None)
     try:
         return submit(request, Call, handler, [request.client, *args], {})
     except FAULTS as exc:

@@ -33,7 +33,7 @@ from karna.errors import (
     UnknownCommand,
     UsageError,
 )
-from karna.log import log
+from karna.log import LogGate, log
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
@@ -91,6 +91,7 @@ class CommandProcessor(Service):
         self._threads = ThreadPool(max_threads, "karna-command")
         self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
+        self.log_gate = LogGate()  # or the one that all share
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
         self._ranking: Ranking[Command] | None = None  # made when it is asked
@@ -220,7 +221,7 @@ class CommandProcessor(Service):
         except BaseException as error:
             self.failed += 1
             self.touch()
-            raise failure_of(call.command.name, error) from None
+            raise self._failure_of(call.command, error) from None
         self.done += 1  # without touch(): who keeps a status compares `done`, which is cheaper
         return value
 
@@ -259,7 +260,10 @@ class CommandProcessor(Service):
             return Cancelled("cancelled")
         if isinstance(job.error, asyncio.CancelledError) and self.state == "stopped":
             return Unavailable("the server is stopping")
-        return failure_of(command.name, job.error)
+        return self._failure_of(command, job.error)
+
+    def _failure_of(self, command: Command, error: BaseException) -> RequestError:
+        return failure_of(command.title, error, self.log_gate, command.expected)
 
     async def run(self, call: Call, context: Context) -> Any:
         """`start_call`, and wait: its result, or its error raised. Cancelled with this."""

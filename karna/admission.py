@@ -24,6 +24,7 @@ from karna.envelopes import HISTORY_GAP
 from karna.errors import RequestError, explain
 from karna.history import Entry, replay_bytes
 from karna.text import encodable
+from karna.trace import came, went
 
 LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
 REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
@@ -95,6 +96,8 @@ class AdmissionHub(BroadcastHub):
         if not client.is_present:
             return  # it has left meanwhile
         if error is not None:
+            who, text = client.connection.who, "%s was not let in by the connect handler"
+            self.log_gate.info("clients that were not let in", text, who)
             return client.refuse(encodable(explain(error)))
         self.flush_broadcasts()  # to the others: this one gets them from the history
         since, missed = client.since, None
@@ -159,6 +162,7 @@ class AdmissionHub(BroadcastHub):
                 CloseCode.POLICY_VIOLATION, "the client came back by another connection"
             )
         members[client.id] = client
+        came(client)
 
     def leave(self, client: Client, reason: str) -> None:
         """A client is gone; its disconnect handler runs if it was let in at all."""
@@ -169,6 +173,7 @@ class AdmissionHub(BroadcastHub):
         if not self.is_in(client):
             return
         del self._members(client)[client.id]
+        went(client, reason)
         handler = self.handlers.get("disconnect")
         if handler is not None:
             self.leaving += 1

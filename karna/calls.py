@@ -24,11 +24,12 @@ from karna.connection import SHARE_S, Connection
 from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
-from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain
+from karna.errors import FAULTS, ClientLeft, CommandFailed, RequestError, Unavailable, explain
 from karna.history import Entry
 from karna.hub import Hub
 from karna.questions import Questions
 from karna.text import encodable
+from karna.trace import answered
 from karna.work import Job
 
 NO_GROUPS: frozenset[str] = frozenset()
@@ -118,7 +119,7 @@ class Client:
     async def _sent(self) -> None:
         """What every sending ends with: a program that sends in a loop must not be the only one."""
         if not self.is_present:
-            raise ConnectionError(f"client {self.id} has left")
+            raise ClientLeft(f"client {self.id} has left")
         await self.connection.written()
 
     async def emit(self, event: str, *args: Any) -> None:
@@ -139,7 +140,7 @@ class Client:
         """
         if not self.manager.is_in(self):  # no client of the HTTP door ever is
             text = f"client {self.id} ({self.door}) can't be asked: it is not in, or has left"
-            raise ConnectionError(text)
+            raise ClientLeft(text)
         return await self.questions.ask(self, event, args, timeout_s)
 
     @property
@@ -192,7 +193,7 @@ class Request:
     line: the command line of an `execute_command`, which answers repeat.
     """
 
-    __slots__ = ("ack", "client", "id", "is_done", "job", "line", "size", "started")
+    __slots__ = ("ack", "client", "id", "is_done", "job", "line", "size", "started", "trace")
     is_done: bool
     job: Job | None
     started: float
@@ -205,6 +206,7 @@ class Request:
         self.ack = ack
         self.size = size
         self.line = line
+        self.trace: tuple[str, float] | None = None  # its name and time, where the log shows it
         # started, job and is_done are set by Calls.run: most requests never need them.
 
     @property
@@ -219,12 +221,17 @@ class Request:
         if self.line is not None:
             value = {"command": self.line, "result": value}
         try:
-            return self.encode("command_response", value)
+            answer = self.encode("command_response", value)
         except NOT_JSON:
-            return self._special("command_response", value, self.ack)
+            answer = self._special("command_response", value, self.ack)
+        if self.trace is not None:
+            answered(self, "ok")
+        return answer
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
         """The final answer of a request that did not succeed."""
+        if self.trace is not None:
+            answered(self, code)
         error = {"code": code, "message": message}
         if self.line is not None:
             error["command"] = self.line
@@ -250,6 +257,8 @@ class Request:
 
     def answer_status(self, envelope: bytes, status: bytes) -> bytes | None:
         """The answer to `get_status`: the envelope as encoded up to its id; the object alone."""
+        if self.trace is not None:
+            answered(self, "ok")
         if self.id is None:
             return envelope + b"}"
         return b'%b,"id":%b}' % (envelope, dumps(self.id))
@@ -409,6 +418,8 @@ class Calls:
         self.manager.metrics.count_task(code, perf_counter() - request.started)
         if request.client.calls is self:  # it is still there
             request.deliver(self._answer_to(request, value, error))
+        elif request.trace is not None:
+            answered(request, f"{code}, nobody waits for it")
         if not self.waits_for_turn:
             self._go_on()
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from orjson import dumps, loads
 
 from karna.context import Context
-from karna.errors import UsageError
+from karna.errors import CommandFailed, UsageError
 from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
 from karna.words import stems_of
 
@@ -66,10 +66,8 @@ class Parameter:
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
         shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
-        if isinstance(self.default, Enum):
-            shown["default"] = word_of(self.default)
-        elif isinstance(self.default, str | int | float | None):
-            shown["default"] = self.default
+        if isinstance(self.told_default, str | int | float | None):
+            shown["default"] = self.told_default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
         if self.is_repeated:
@@ -86,8 +84,14 @@ class Parameter:
             schema: Schema = {"type": "array", "items": without_null(self.kind.schema)}
             schema |= {"minItems": 1} if self.is_required else {}
         else:
-            schema = self.kind.schema | ({"default": self.default} if self._has_default else {})
+            default = {"default": self.told_default} if self._has_default else {}
+            schema = self.kind.schema | default
         return schema | ({"description": description} if description else {})
+
+    @property
+    def told_default(self) -> Any:
+        """The default as a caller would give it."""
+        return word_of(self.default) if isinstance(self.default, Enum) else self.default
 
     @property
     def _has_default(self) -> bool:
@@ -95,7 +99,8 @@ class Parameter:
         if self.default is None:
             return self.kind.nullable
         try:
-            return bool(loads(dumps(self.default)) == self.default)  # nan becomes null
+            told = self.told_default
+            return bool(loads(dumps(told)) == told)  # nan becomes null
         except TypeError:
             return False
 
@@ -144,6 +149,7 @@ class Command:
         self.name = name or name_of(function)
         self.aliases = tuple(aliases)
         self.names = (self.name, *self.aliases)
+        self.title = f"command {self.name}"  # in logs
         for each in self.names:
             if not re.fullmatch(r"[^\s\"'\\]+", each) or not each.isprintable():
                 raise ValueError(f"a command's name is one word without quotes, not {each!r}")
@@ -155,6 +161,7 @@ class Command:
         self.confirm = confirm
         self.read_only = read_only
         self.destructive = destructive
+        self.expected: tuple[type[Exception], ...] = ()  # that it raises to say no: no bugs
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
@@ -394,16 +401,23 @@ def as_handler(function: Callable[..., Any], inline: bool, event: str = "") -> C
     Raises TypeError for one that could not be called with them.
     """
 
-    async def call_async(*args: Any) -> Any:
-        return await function(*args)
-
     def call(*args: Any) -> Any:
-        return function(*args)
+        try:
+            return function(*args)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise
+            # It was not even entered: the client sent more values, or fewer, than it takes.
+            raise CommandFailed(str(error)) from None
+
+    async def call_async(*args: Any) -> Any:
+        return await call(*args)
 
     _check_handler(function, event)
     is_async = inspect.iscoroutinefunction(function)
     command = Command(call_async if is_async else call, name="handler", inline=inline)
-    command.is_handler = True
+    command.is_handler, command.title = True, f"handler of {event!r}"
+    command.expected = (PermissionError,) if event == "connect" else ()
     return command
 
 

@@ -45,6 +45,7 @@ from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
 from karna.reader import FLUSH_BYTES, EpollReader
 from karna.sender import Sender
+from karna.trace import closed, opened
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
@@ -100,6 +101,8 @@ class Connection(Sender):
             self.fd = transport.get_extra_info("socket").fileno()
             self.transport.set_write_buffer_limits(0)
         self.hub.adopt(self)
+        if self.hub.traces:
+            opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.hub.bytes_in += len(data)
@@ -127,6 +130,8 @@ class Connection(Sender):
         self._holds = HOLD_CLOSED
         self._tail = self._parts = None
         self.hub.release(self)
+        if self.hub.traces:
+            closed(self)
         self._wake_writers()
 
     def pause_writing(self) -> None:
@@ -490,7 +495,7 @@ class Connection(Sender):
             return
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
-        self.hub.seats.discard(self)
+        self.hub.unseat(self)
         self.door.end()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:

@@ -104,6 +104,18 @@ class Unavailable(RequestError):
     code = "unavailable"
 
 
+class ClientLeft(ConnectionError):
+    """A client that something was to be sent to, or asked, has left."""
+
+
+class ClientSilent(TimeoutError):
+    """A client has not answered what it was asked."""
+
+
+# What a program's code may let out without a bug of anybody's.
+NO_BUGS = (RequestError, ClientLeft, ClientSilent)
+
+
 class BadPacket(Exception):
     """The peer broke the Socket.IO or Engine.IO protocol; the caller closes the session."""
 

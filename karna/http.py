@@ -27,6 +27,7 @@ from karna.errors import HTTP_STATUS, InvalidRequest, RequestError, explain
 from karna.head import MAX_HEAD_BYTES, ChunkedBody, Head, body_too_large, check_partial_head
 from karna.head import parse_head
 from karna.text import encodable
+from karna.trace import responded
 
 MAX_PIPELINED_BYTES = 64 * 1024  # that wait for an answer; then the connection is not read
 PROBE_S = 2.0  # how often a peer that sends no more is asked whether it still listens
@@ -201,6 +202,8 @@ class Exchange(Door):
         head = self._encode_head(status, len(body), content_type, headers or {})
         request = getattr(self, "head", None)
         connection.write(head if request and request.method == "HEAD" else head + body)
+        if connection.hub.traces:
+            responded(connection, request, status)
         self._finish(len(body))
 
     def _decide_on_next(self) -> None:
@@ -371,8 +374,8 @@ class Exchange(Door):
 
     @property
     def is_idle(self) -> bool:
-        """Has it asked for nothing?"""
-        return self._stage is Stage.HEAD
+        """Has it asked for nothing, or not to the end? Who sends for ever must not keep a place."""
+        return self._stage in (Stage.HEAD, Stage.BODY)
 
     @property
     def is_done(self) -> bool:

@@ -377,6 +377,9 @@ _PACKET_HANDLERS: dict[tuple[Standing, PacketType], PacketHandler] = {
 }
 
 
+_TOLD = ("cancelled", "command_failed", "internal_error")  # a bug has been logged already
+
+
 class EventRequest(Request):
     """An event with a handler of the program: the ack is what it returned, not an envelope."""
 
@@ -392,7 +395,7 @@ class EventRequest(Request):
         return list(data) if isinstance(data, tuple) else [data]
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
-        if self.ack is None and code != "cancelled":  # nobody else hears of it
+        if self.ack is None and code not in _TOLD:  # nobody else hears of it
             gate = self.client.manager.log_gate
             gate.warning("event handler", "%s event handler: %s", self.client.id, message)
         return super().fail(code, message, data)

@@ -496,19 +496,24 @@ async def test_handler_raising_service_error_passes_it_unchanged() -> None:
         assert caught.value is error
 
 
-async def test_handler_that_raises_is_logged_with_traceback_at_debug_only(
+async def test_command_that_raises_is_logged_with_its_traceback_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fails() -> None:
+    async def waits() -> None:
         raise ValueError("no good")
 
-    commands = processor(fails)
-    for level, expected in [(logging.INFO, 0), (logging.DEBUG, 1)]:
-        caplog.clear()
-        caplog.set_level(level, "karna_ws")
-        with pytest.raises(CommandFailed):
-            await run_line(commands, "fails")
-        assert caplog.text.count("Traceback") == expected
+    def blocks() -> None:
+        {}["nothing"]  # type: ignore[index]
+
+    commands = processor(waits, blocks)
+    for _ in range(3):
+        for line in ("waits", "blocks"):
+            with pytest.raises(CommandFailed):
+                await run_line(commands, line)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("command waits failed: ValueError\n  | Traceback")
+    assert second.startswith("command blocks failed: KeyError\n  | Traceback")
+    assert 'raise ValueError("no good")' in first and '{}["nothing"]' in second
 
 
 async def test_processor_runs_each_kind_of_function_and_counts() -> None:
@@ -727,6 +732,31 @@ async def test_cancelling_run_cancels_handler(way: str, scaled: None) -> None:
     release.set()
 
 
+def test_enum_is_told_as_the_choices_that_it_is() -> None:
+    command = shapes().commands["paint"]
+    assert command.usage == "paint red|green [LOW|HIGH] [--odd ON|BOTH]"
+    colour, level, odd = command.describe()["arguments"]
+    assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
+    assert (level["default"], odd["default"]) == (None, "BOTH")
+    schema = command.input_schema
+    assert schema is not None and schema["properties"]["colour"] == {
+        "type": "string", "enum": ["red", "green"]
+    }  # fmt: skip
+    assert schema["properties"]["odd"]["default"] == "BOTH"
+
+    class Empty(enum.Enum): ...
+
+    with pytest.raises(TypeError, match="parameter a: Empty has no members"):
+        function: Any = lambda a: a  # noqa: E731
+        function.__annotations__ = {"a": Empty}
+        Command(function, name="x")
+
+
+def test_command_from_a_text_is_told_where_its_name_goes() -> None:
+    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
+        CommandProcessor().command("lights-on")  # type: ignore[call-overload]
+
+
 def test_input_schema_is_made_from_the_signature() -> None:
     async def brew(
         cups: int,
@@ -846,23 +876,3 @@ def test_built_in_commands_are_tools_only_where_they_say_so() -> None:
     revision = commands.revision
     commands.add(Command(lambda *text: "mine", name="echo"))
     assert commands.commands["echo"].tool is None and commands.revision > revision
-
-
-def test_enum_is_told_as_the_choices_that_it_is() -> None:
-    command = shapes().commands["paint"]
-    assert command.usage == "paint red|green [LOW|HIGH] [--odd ON|BOTH]"
-    colour, level, odd = command.describe()["arguments"]
-    assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
-    assert (level["default"], odd["default"]) == (None, "BOTH")
-
-    class Empty(enum.Enum): ...
-
-    with pytest.raises(TypeError, match="parameter a: Empty has no members"):
-        function: Any = lambda a: a  # noqa: E731
-        function.__annotations__ = {"a": Empty}
-        Command(function, name="x")
-
-
-def test_command_from_a_text_is_told_where_its_name_goes() -> None:
-    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
-        CommandProcessor().command("lights-on")  # type: ignore[call-overload]

@@ -248,6 +248,36 @@ async def test_socket_io_client_recovers_every_broadcast_over_network_cut(
         assert messages == expected
 
 
+async def test_socket_io_client_answers_questions_and_is_told_as_much_as_was_said(
+    node_dir: Path,
+) -> None:
+    """An event that ends in a string brings one argument more, a function nobody waits for."""
+    script = """
+      const socket = connectTo(url);
+      socket.on('confirm', (question, answer) => answer(question === 'burn?'));
+      socket.on('choose', (a, b, answer) => answer(a, b));
+      socket.on('told', (...args) => say('told', args.filter((each) => typeof each !== 'function')));
+      await told('end');
+      socket.disconnect();
+      finish();
+    """
+    manager = WebSocketManager()
+    async with (
+        serving(manager, port=0) as server,
+        frontend_node(node_dir, SOCKET_IO + script, ws_url(server.port)) as program,
+    ):
+        await program.wait_for("connect")
+        (client,) = manager.all_clients()
+        assert await client.call("confirm", "burn?") is True
+        assert await client.call("confirm", "freeze?") is False
+        assert await client.call("choose", 1, "x") == [1, "x"]
+        for args in (["colour?"], [1], [], ["a", "b"]):
+            await client.emit("told", *args)
+            assert await program.wait_for("told") == args
+        program.tell("end")
+        await program.ends()
+
+
 async def test_socket_io_client_2_is_told_to_upgrade(node_dir: Path) -> None:
     script = """
       import io from 'socket.io-client-2';
