@@ -418,6 +418,10 @@ class HttpClient(Client):
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.exchange.answer(200, envelope)
 
+    def join(self, group: str, *, since: str | None = None) -> None:
+        """A client that does not stay hears no broadcasts. Raises ConnectionError."""
+        raise ConnectionError(f"a client of the {self.door} door can't join a group")
+
     async def send(self, type: str, data: Any) -> None:
         """HTTP has one answer, the request's own: nothing is sent."""
         await self._sent()
