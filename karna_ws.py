@@ -649,7 +649,8 @@ def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
         check_engine_handshake(head)
     elif head.path not in ("/ws", "/ws/"):
         raise _not_found()
-    may_come_in = is_authorized(manager.config, head)  # else the token comes with CONNECT
+    # The Socket.IO door takes its token with CONNECT; for all others it was asked already.
+    may_come_in = not is_engine or is_authorized(manager.config, head)
     if manager.is_draining or (manager.is_full and may_come_in):
         text = "the server is shutting down" if manager.is_draining else FULL_TEXT
         raise Unavailable(text, headers={"Retry-After": "5"})
