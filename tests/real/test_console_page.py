@@ -19,7 +19,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from karna_ws import WebSocketManager, serving
-from services import CommandProcessor, Service
+from services import CommandProcessor, Context, Service
 from support import DEADLINE_S, ROOT, needs
 from support_clients import Wire, Host, make_png
 
@@ -579,7 +579,7 @@ async def test_transcript_survives_reload_and_can_be_copied_and_cleared(chromium
 async def test_page_opens_whatever_is_in_its_storage(chromium: str, stored: str) -> None:
     async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
         await page.until_open()
-        await page.evaluate("removeEventListener('pagehide', saveTranscript)")
+        await page.evaluate("keep = () => {}")  # or it would be put right when the page goes
         await page.evaluate(f"sessionStorage.setItem('karna-transcript', {json.dumps(stored)})")
         await page.load()
         await page.until_open()
@@ -670,6 +670,23 @@ async def test_question_of_server_is_shown_and_answered(chromium: str) -> None:
         assert page.problems == []
 
 
+async def test_command_asks_the_page_that_ran_it(chromium: str) -> None:
+    host = Host()
+
+    @host.commands.command
+    async def unlock(context: Context) -> str:
+        return "open" if await context.client.call("confirm", "Unlock it?") else "shut"
+
+    async with serving(host.manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        for word, result in (("Yes", "open"), ("No", "shut")):
+            await page.run("unlock")
+            await page.until("document.querySelector('[data-state=asking]')")
+            await page.click("button", word)
+            assert result in await page.until_entry("unlock", "done")
+        assert page.problems == []
+
+
 async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
     chromium: str,
 ) -> None:
@@ -703,6 +720,9 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         assert manager.answers.empty()
 
 
+CONFIRM = r"Confirm unlock <i>\u{202e}"  # what would turn the text around is shown as it is written
+
+
 def add_deciding(commands: CommandProcessor) -> list[str]:
     """Add `do` and `confirm` as the language service has them with a model; what was confirmed."""
     confirmed: list[str] = []
@@ -716,7 +736,11 @@ def add_deciding(commands: CommandProcessor) -> list[str]:
         for step in steps:
             yield step
         words = {"text": f"Done: {' '.join(text)}.", "steps": steps, "model": "tiny"}
-        proposal = {"proposal": "k3jf", "command": "unlock <i>", "expires": "2099-01-01T00:00:00Z"}
+        proposal = {
+            "proposal": "k3jf",
+            "command": "unlock <i>\u202e",
+            "expires": "2099-01-01T00:00:00Z",
+        }
         yield words | (proposal if "door" in text else {})
 
     @commands.command
@@ -761,18 +785,19 @@ async def test_sentence_is_offered_to_the_model_whose_steps_and_proposal_are_sho
             "light kitchen --on",
             "light hall --off",
         ]
-        assert "unlock <i>" in text and "until" in text and not confirmed
+        assert "unlock <i>\\u{202e}" in text and "until" in text and not confirmed
         await page.screenshot("proposal.png")
 
         wire.cut()
         await page.until("document.body.hasAttribute('data-away')")
-        await page.click("button", "Confirm unlock <i>")
+        await page.click("button", CONFIRM)
         await page.until("$('usage').innerText.startsWith('Not sent')")
+        assert not await page.evaluate("document.querySelector('.card button').disabled")
         wire.mend()
         await page.until_reopened()
         await page.load()
         await page.until_open()
-        await page.click("button", "Confirm unlock <i>")  # it survives a reload
+        await page.click("button", CONFIRM)  # it survives a reload
         assert "unlocked" in await page.until_entry("confirm k3jf", "done")
         assert confirmed == ["k3jf"]
         assert await page.evaluate("document.querySelector('.card button').disabled")
@@ -915,6 +940,8 @@ async def test_prompt_stays_in_view_on_a_small_screen(chromium: str) -> None:
             for place in ("0", "document.body.scrollHeight / 2", "document.body.scrollHeight"):
                 await page.evaluate(f"scrollTo(0, {place})")
                 assert await page.evaluate(in_view), (height, place)
+        await page.evaluate("$('elsewhere').open = true")
+        await page.evaluate("scrollTo(0, document.body.scrollHeight)")
         await page.run("echo seen")  # from the page's end: its answer is brought into view
         await page.until_entry("echo seen", "done")
         answer = "[...document.querySelectorAll('.entry')].at(-1).getBoundingClientRect()"
