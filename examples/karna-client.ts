@@ -21,7 +21,13 @@ export interface ServiceStatus {
 export type Status = Record<string, ServiceStatus>;
 export type CommandResult<Result = unknown> = { command: string; result: Result };
 export type Notification = { message: string; level: 'info' | 'warning' | 'error'; time: string };
-export type Envelope = { type: string; data: any; id?: string | number; offset?: string; call?: number };
+export type Envelope = {
+  type: string;
+  data: any;
+  id?: string | number;
+  offset?: string;
+  call?: number;
+};
 
 /** An `error` answer, or this client's `disconnected`, `closed`, `busy`. `data` has the details. */
 export class KarnaError extends Error {
@@ -201,7 +207,11 @@ export class KarnaClient {
     };
     socket.onopen = own(() => this.opened(resumed));
     socket.onmessage = own((event) => this.receive(JSON.parse(event.data)));
-    socket.onerror = () => {}; // `close` follows and says the same
+    // `close` follows and says the same; but not in Node 22 when a connection was never made
+    // (nodejs/undici#3546).
+    socket.onerror = own(() => {
+      if (!this.isOpen) setTimeout(own(() => this.ended(1006, '')), 100);
+    });
     socket.onclose = own((event) => this.ended(event.code, event.reason));
   }
 

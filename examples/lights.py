@@ -3,8 +3,9 @@
     python karna_ws.py examples/lights.py --reload      with every flag of the command line
     python examples/lights.py --port 8000               by itself
 
-It adds commands (`light kitchen on`, `sunrise hall --seconds 5`), a service whose badge follows
-the lamps' bus, the RPC method `lights`, and a service that notifies everybody of a lamp left on.
+It adds commands (`light kitchen on`, `sunrise hall --seconds 5`), a group for each lamp (`watch
+kitchen`), a service whose badge follows the lamps' bus, the RPC method `lights`, and a service that
+notifies everybody of a lamp left on.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from karna_ws import WebSocketManager, serving
-from services import CommandFailed, CommandProcessor, Service, Unavailable
+from services import CommandFailed, CommandProcessor, Context, Service, Unavailable
 
 lamps = {"kitchen": 0, "hall": 0, "porch": 0}  # brightness, 0 to 100
 commands = CommandProcessor()
@@ -39,6 +40,7 @@ class Bus(Service):
         if lamp not in lamps:
             raise CommandFailed(f"no lamp {lamp!r}; there are {', '.join(lamps)}")
         lamps[lamp] = level
+        manager.broadcast("lamp", {"lamp": lamp, "level": level}, to=lamp)  # who watches it
         return lamps
 
 
@@ -80,6 +82,13 @@ async def sunrise(lamp: str, *, seconds: float = 5.0) -> AsyncIterator[dict[str,
         bus.set(lamp, percent)
         yield {"percent": percent, "lamp": lamp}
         await asyncio.sleep(seconds / 20)
+
+
+@commands.command
+async def watch(lamp: Literal["kitchen", "hall", "porch"], context: Context) -> list[str]:
+    """Hear of each change of a lamp, as broadcasts of type `lamp`; tells what you watch."""
+    context.client.join(lamp)
+    return sorted(context.client.groups)
 
 
 @commands.command(name="bus")

@@ -20,7 +20,7 @@ from orjson import OPT_NON_STR_KEYS, dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
-from karna.connection import Connection
+from karna.connection import SHARE_S, Connection
 from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
@@ -353,6 +353,7 @@ class Calls:
 
     __slots__ = (
         "clients", "connection", "manager", "parallel", "running", "serial", "serial_running",
+        "waits_for_turn",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, manager: Any) -> None:
@@ -363,6 +364,7 @@ class Calls:
         self.serial_running: Request | None = None
         self.serial: deque[tuple[Request, Callable[[], Call]]] = deque()
         self.parallel: deque[tuple[Request, Callable[[], Call]]] = deque()
+        self.waits_for_turn = False
 
     def submit(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
         """Start the request, or let it wait. Raises what `prepare` raises."""
@@ -418,8 +420,16 @@ class Calls:
             request.deliver(self._answer_to(request, value, error))
         elif request.trace is not None:
             answered(request, f"{code}, nobody waits for it")
+        if not self.waits_for_turn:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Start what waits, as far as it may; others first when that takes long."""
+        self.waits_for_turn = False
         self._start_waiting()
-        if not self.running:  # nothing waits either: the shorter way is open again
+        if self.waits_for_turn:
+            self.manager.turns.wait(self._go_on)
+        elif not self.running:  # nothing waits either: the shorter way is open again
             for client in self.clients:
                 client.calls = None
             self.connection.calls = None
@@ -431,7 +441,11 @@ class Calls:
             return request.refuse(exc)
 
     def _start_waiting(self) -> None:
+        until = perf_counter() + SHARE_S
         while not self._is_full:
+            if perf_counter() > until:
+                self.waits_for_turn = True
+                break
             if self.serial and self.serial_running is None:
                 request, prepare = self.serial.popleft()
             elif self.parallel:

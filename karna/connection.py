@@ -51,6 +51,7 @@ MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragment
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
 MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others...
 SHARE_S = 0.001  # ...as it does after this long
+LATE_BYTES = 2048  # of what still arrives while we close are read in a turn: 340 pings
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 
@@ -164,7 +165,7 @@ class Connection(Sender):
         self.is_queueing = True
         receive, answers, heads = self.door.receive, self._queue, SHORT_TEXT_HEADS
         limit = self.hub.max_message_bytes
-        position, end, need, messages, until = 0, len(data), 0, 0, 0.0
+        position, end, need, messages, others, until = 0, len(data), 0, 0, 0, 0.0
         while not self._holds:
             if end - position < 2:
                 need = 2
@@ -213,6 +214,12 @@ class Connection(Sender):
                 if stop > end:
                     need = stop - position
                     break
+                others += 1
+                if others & 7 == 0:  # the library takes 10 microseconds for a ping
+                    until = until or perf_counter() + SHARE_S
+                    if perf_counter() > until:
+                        self.wait_for_turn()
+                        break
                 self._feed_library(data[position:stop])
                 position = stop
         self.hub.messages_in += messages
@@ -273,11 +280,26 @@ class Connection(Sender):
         return self.protocol.state is not State.CONNECTING
 
     def _read_late(self, data: bytes) -> None:
-        """What arrives once we are closing: only the library's close handshake matters."""
-        if data and self._is_websocket and not self.protocol.reader.eof:
-            self.protocol.receive_data(data)
+        """What arrives once we are closing: only the library's close handshake matters.
+
+        Some of it in each turn, for it may be as many frames as before.
+        """
+        if self._tail is not None:
+            self._tail += data
+        elif data and self._is_websocket and not self.protocol.reader.eof:
+            self.protocol.receive_data(data[:LATE_BYTES])
             self.protocol.events_received()
             self._send_library_data()
+            if len(data) > LATE_BYTES:
+                self.keep(data[LATE_BYTES:])
+                self._pause_reading()
+                self.hub.turns.wait(self._have_late_turn)
+
+    def _have_late_turn(self) -> None:
+        tail, self._tail = self._tail, None
+        if tail is not None:  # else it was cut meanwhile
+            self._resume_reading()
+            self._read_late(bytes(tail))
 
     def _feed_library(self, frame: bytes) -> None:
         self.protocol.receive_data(frame)
@@ -473,7 +495,7 @@ class Connection(Sender):
             return
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
-        self.hub.seats.discard(self)
+        self.hub.unseat(self)
         self.door.end()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:

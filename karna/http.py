@@ -374,8 +374,8 @@ class Exchange(Door):
 
     @property
     def is_idle(self) -> bool:
-        """Has it asked for nothing?"""
-        return self._stage is Stage.HEAD
+        """Has it asked for nothing, or not to the end? Who sends for ever must not keep a place."""
+        return self._stage in (Stage.HEAD, Stage.BODY)
 
     @property
     def is_done(self) -> bool:

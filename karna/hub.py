@@ -121,6 +121,12 @@ class Hub:
         self.pending.pop(connection, None)
         self.seats.add(connection)
 
+    def unseat(self, connection: Swept) -> None:
+        """A peer is on its way out: its place is another's, and its socket may give way."""
+        if connection in self.seats:
+            self.seats.discard(connection)
+            self.pending[connection] = None
+
     @property
     def is_full(self) -> bool:
         """Are there as many clients as there may be?"""

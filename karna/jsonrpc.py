@@ -120,7 +120,7 @@ class Batch:
 
 def is_json_rpc(message: Any) -> bool:
     """Does anything in this message say that it is JSON-RPC?"""
-    items = message if isinstance(message, list) else [message]
+    items = message[:MAX_BATCH] if isinstance(message, list) else [message]
     return any(isinstance(item, dict) and "jsonrpc" in item for item in items)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from karna.client import CommandError, connect
 from karna_ws import Client, WebSocketManager
 from services import CommandFailed, Context
 from support import Raw, Sio, execute, http, served, until
@@ -211,6 +212,22 @@ async def test_socket_io_client_answers_by_the_ack() -> None:
         assert (await client.packet("43/ws,7"))[0]["data"]["message"] == "the client answered: no"
         await client.send("43/ws,999[1]")  # an answer to nothing is nobody's
         assert (await client.rpc({"method": "get_status"}, namespace="/ws"))["data"]
+
+
+async def test_client_in_python_answers_a_question() -> None:
+    manager = asking()
+    async with served(manager) as server, connect(f"ws://127.0.0.1:{server.port}/ws") as client:
+
+        @client.on("confirm")
+        async def confirm(what: str, times: int) -> bool:
+            if what == "nothing":
+                raise ValueError("nothing to confirm")
+            return what == "burn" and times == 1
+
+        assert await client.execute("consent burn") is True
+        assert await client.execute("consent freeze") is False
+        with pytest.raises(CommandError, match="nothing to confirm"):
+            await client.execute("consent nothing")
 
 
 async def test_http_client_can_not_be_asked() -> None:
