@@ -33,6 +33,7 @@ from karna.errors import (
     UnknownCommand,
     UsageError,
 )
+from karna.kinds import Text
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Command", "CommandFailed", "CommandProcessor", "Context", "LanguageService", "Service",
-    "Unavailable", "UsageError", "VisionService",
+    "Text", "Unavailable", "UsageError", "VisionService",
 ]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -166,13 +167,18 @@ class CommandProcessor(Service):
         if is_short and line.isprintable() and not ("\\" in line or '"' in line or "'" in line):
             words = line.split()
         else:
-            words = split_words(line)
+            words = line.split(None, 1)[:1]
+            found = self.commands.get(words[0]) if words else None
+            if found is None or not found.takes_text:
+                words = split_words(line)
         if not words:
             raise UsageError("the command line is empty", usage="COMMAND [ARGUMENT]...")
         name = words.pop(0)
         command = self.commands.get(name)
         if command is None:
             raise self.unknown(name)
+        if command.takes_text:
+            words = command.split_text(line)
         call = Call(command, *command.bind(words, params))
         if command.inline and not params and len(line) <= MAX_PREPARED_CHARS:
             # Clients say the same again; an inline call has no Context and may run many times.
@@ -380,7 +386,7 @@ class VisionService(ModelService):
     def register(self, commands: CommandProcessor) -> None:
         """Offer the command `describe`."""
 
-        async def describe(*question: str | None, image: bytes | str | None = None) -> Any:
+        async def describe(question: Text = "", *, image: bytes | str | None = None) -> Any:
             """Describe an image: a PNG, JPEG, GIF, WebP or BMP.
 
             The image is given as params.image: base64, a data URL, or bytes.
@@ -388,7 +394,7 @@ class VisionService(ModelService):
             """
             if not image:
                 raise command.usage_error("params.image is missing: base64, a data URL or bytes")
-            return await self.describe(image, " ".join(map(str, question)))
+            return await self.describe(image, question)
 
         command = Command(describe, tool=True, read_only=True)
         commands.offer(command)
@@ -424,13 +430,13 @@ class LanguageService(ModelService):
         """Offer the commands `interpret` and `ask`."""
         self._commands = commands
 
-        def interpret(*text: str) -> dict[str, Any]:
+        def interpret(text: Text) -> dict[str, Any]:
             """Tell which commands a free text is nearest to."""
-            return self.interpret(" ".join(text))
+            return self.interpret(text)
 
-        async def ask(context: Context, *prompt: str) -> dict[str, Any]:
+        async def ask(context: Context, prompt: Text) -> dict[str, Any]:
             """Ask the language model; reports its tokens as they come."""
-            return await self.ask(" ".join(prompt), context)
+            return await self.ask(prompt, context)
 
         commands.offer(Command(interpret, inline=True))
         commands.offer(Command(ask))
@@ -518,12 +524,14 @@ def notification(message: Any, level: Any = "info") -> dict[str, str]:
 def notify_command(broadcaster: Broadcaster) -> Command:
     """The command `notify`; where it is not inline it waits for the backplane."""
 
-    def notify(*message: str, level: Level = "info") -> dict[str, int] | Awaitable[dict[str, int]]:
+    def notify(
+        message: Text, *, level: Level = "info"
+    ) -> dict[str, int] | Awaitable[dict[str, int]]:
         """Send a notification to every client.
 
-        The message is put together from all words.
+        message: what people read
         """
-        data = notification(" ".join(message), level)
+        data = notification(message, level)
         if command.inline:
             return {"clients": broadcaster.broadcast("notification", data)}
         return published(data)
