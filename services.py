@@ -34,12 +34,14 @@ from karna.errors import (
     UsageError,
 )
 from karna.kinds import Text
+from karna.log import log
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
+    from karna.answers import Answer
     from karna.models import ModelServer, Report
 
 __all__ = [
@@ -318,6 +320,9 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
 # ---- vision and language ---------------------------------------------------------------------
 
 
+MAX_LISTED_MODELS = 5  # in a detail
+
+
 class ModelService(Service):
     """A service with an embedded default and, when a URL is given, a model server."""
 
@@ -330,22 +335,27 @@ class ModelService(Service):
         url: str | None = None,
         model: str | None = None,
         key: str | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = None,
     ) -> None:
         super().__init__(self.kind)
         variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
         key = key or next(filter(None, map(os.environ.get, variables)), None)
-        self._model: str | None = model or None
+        self._configured = self._model = model or None
+        self._note = ""  # what is odd about the model
         self.server: ModelServer | None = None
         if url:
-            from karna.models import ModelServer  # with http.client; most start without
+            from karna.models import MODEL_SILENCE_S, ModelServer  # with http.client
 
-            key = key and key.strip()
-            self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
+            key, timeout_s = key and key.strip(), timeout_s or MODEL_SILENCE_S
+            self.server = ModelServer(url, key=key, timeout_s=timeout_s)
 
     async def start(self) -> None:
         if self.server is None:
             self.set_state("running", self.embedded)
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            self.server.close()
 
     async def check(self) -> None:
         """Ask the model server for its models; raises Unavailable and is degraded without."""
@@ -353,18 +363,32 @@ class ModelService(Service):
             await self._find_model(self.server)
 
     async def _find_model(self, server: ModelServer) -> str:
+        """The configured model, or else the first of the server's, is used from then."""
         with self._showing(server):
-            self._model = await server.find_model()
+            names = await server.list_models()
+            if not (self._configured or names):
+                raise Unavailable(f"model server {server.host}: lists no model")
+            self._model = self._configured or names[0]
+            self._set_note(self._model, names)
             return self._model
 
+    def _set_note(self, model: str, names: list[str]) -> None:
+        """A model that is not listed may be there nevertheless, under another name."""
+        note = ""
+        if model not in names and f"{model}:latest" not in names:  # as Ollama calls it
+            there = ", ".join(names[:MAX_LISTED_MODELS]) or "none"
+            note = one_line(f" is not listed; there are {there}")
+        if note and note != self._note:
+            log.warning("service %s: model %s%s", self.name, one_line(model, 100), note)
+        self._note = note
+
     async def chat(
-        self, server: ModelServer, content: Any, report: Report | None = None
-    ) -> dict[str, Any]:
-        """Let the model answer one message: {"text", "model"}; the state follows how it went."""
+        self, server: ModelServer, messages: list[Any], report: Report | None = None, **more: Any
+    ) -> tuple[Answer, str]:
+        """Let the model answer: its answer, its name; the state follows how it went."""
         model = self._model or await self._find_model(server)
         with self._showing(server):
-            text = await server.chat(model, content, report)
-        return {"text": text, "model": model}
+            return await server.chat(model, messages, report, **more), model
 
     @contextlib.contextmanager
     def _showing(self, server: ModelServer) -> Iterator[None]:
@@ -372,9 +396,11 @@ class ModelService(Service):
         try:
             yield
         except Unavailable as error:
+            self._model = self._configured  # it may come back with another
             self.set_state("degraded", str(error))
             raise
-        self.set_state("running", f"model {one_line(self._model or '', 100)} at {server.host}")
+        shown = f"model {one_line(self._model or '', 100)} at {server.host}"
+        self.set_state("running", shown + self._note)
 
 
 class VisionService(ModelService):
@@ -413,7 +439,8 @@ class VisionService(ModelService):
         url = f"data:image/{facts['format']};base64,{base64.b64encode(data).decode()}"
         text = {"type": "text", "text": question or "Describe this image."}
         content = [text, {"type": "image_url", "image_url": {"url": url}}]
-        return {**facts, **await self.chat(self.server, content)}
+        answer, model = await self.chat(self.server, [{"role": "user", "content": content}])
+        return {**facts, "text": answer.text, "model": model}
 
 
 MAX_MATCHES = 5  # of `interpret`: what a person looks at
@@ -455,7 +482,9 @@ class LanguageService(ModelService):
         if self.server is None:
             way = "--language-url URL (or KARNA_LANGUAGE_URL), such as http://localhost:11434"
             raise Unavailable(f"no language model: start the server with {way}")
-        return await self.chat(self.server, prompt, context.report)
+        said = {"role": "user", "content": prompt}
+        answer, model = await self.chat(self.server, [said], context.report)
+        return {"text": answer.text, "model": model}
 
 
 # ---- built-in commands -----------------------------------------------------------------------
