@@ -971,11 +971,15 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
         if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
             raise ValueError(f"--{service}-model needs --{service}-url")
     vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
-    language = LanguageService(url=arguments.language_url, model=arguments.language_model)
+    language = LanguageService(
+        url=arguments.language_url, model=arguments.language_model,
+        conversation_turns=arguments.conversation_turns,
+    )  # fmt: skip
     manager = WebSocketManager(services=[vision, language])
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
-        manager.commands.allow_program(name, path or None)
+        confirm = arguments.confirm_programs
+        manager.commands.allow_program(name, path or None, confirm=confirm)
     return manager
 
 

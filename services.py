@@ -12,18 +12,18 @@ and gives back plain values. What it stands on is in `karna/`; nothing happens a
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import functools
 import inspect
-import os
 import time
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, overload
 
 from karna.command import Call, Command
+from karna.consent import Proposals
 from karna.context import Context
+from karna.conversation import Conversations, lasting
 from karna.errors import (
     Cancelled,
     CommandFailed,
@@ -34,7 +34,7 @@ from karna.errors import (
     UsageError,
 )
 from karna.kinds import Text
-from karna.log import log
+from karna.model_service import ModelService
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
@@ -42,7 +42,7 @@ from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
     from karna.answers import Answer
-    from karna.models import ModelServer, Report
+    from karna.models import ModelServer
 
 __all__ = [
     "Command", "CommandFailed", "CommandProcessor", "Context", "LanguageService", "Service",
@@ -301,11 +301,14 @@ class CommandProcessor(Service):
         counts = {"running": self.running, "done": self.done, "failed": self.failed}
         return super().get_status() | counts | {"commands": len(set(self.commands.values()))}
 
-    def allow_program(self, name: str, path: str | None = None) -> None:
-        """Make a program of this machine a command; ValueError when there is no such program."""
+    def allow_program(self, name: str, path: str | None = None, *, confirm: bool = True) -> None:
+        """Make a program of this machine a command; ValueError when there is no such program.
+
+        confirm: no model runs it before a person has agreed.
+        """
         from karna.programs import program_command  # few allow any
 
-        self.add(program_command(name, path))
+        self.add(program_command(name, path, confirm=confirm))
 
 
 async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
@@ -318,89 +321,6 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
 
 
 # ---- vision and language ---------------------------------------------------------------------
-
-
-MAX_LISTED_MODELS = 5  # in a detail
-
-
-class ModelService(Service):
-    """A service with an embedded default and, when a URL is given, a model server."""
-
-    kind: ClassVar[str]
-    embedded: ClassVar[str]  # the detail without a model server
-
-    def __init__(
-        self,
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        key: str | None = None,
-        timeout_s: float | None = None,
-    ) -> None:
-        super().__init__(self.kind)
-        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
-        key = key or next(filter(None, map(os.environ.get, variables)), None)
-        self._configured = self._model = model or None
-        self._note = ""  # what is odd about the model
-        self.server: ModelServer | None = None
-        if url:
-            from karna.models import MODEL_SILENCE_S, ModelServer  # with http.client
-
-            key, timeout_s = key and key.strip(), timeout_s or MODEL_SILENCE_S
-            self.server = ModelServer(url, key=key, timeout_s=timeout_s)
-
-    async def start(self) -> None:
-        if self.server is None:
-            self.set_state("running", self.embedded)
-
-    async def stop(self) -> None:
-        if self.server is not None:
-            self.server.close()
-
-    async def check(self) -> None:
-        """Ask the model server for its models; raises Unavailable and is degraded without."""
-        if self.server is not None:
-            await self._find_model(self.server)
-
-    async def _find_model(self, server: ModelServer) -> str:
-        """The configured model, or else the first of the server's, is used from then."""
-        with self._showing(server):
-            names = await server.list_models()
-            if not (self._configured or names):
-                raise Unavailable(f"model server {server.host}: lists no model")
-            self._model = self._configured or names[0]
-            self._set_note(self._model, names)
-            return self._model
-
-    def _set_note(self, model: str, names: list[str]) -> None:
-        """A model that is not listed may be there nevertheless, under another name."""
-        note = ""
-        if model not in names and f"{model}:latest" not in names:  # as Ollama calls it
-            there = ", ".join(names[:MAX_LISTED_MODELS]) or "none"
-            note = one_line(f" is not listed; there are {there}")
-        if note and note != self._note:
-            log.warning("service %s: model %s%s", self.name, one_line(model, 100), note)
-        self._note = note
-
-    async def chat(
-        self, server: ModelServer, messages: list[Any], report: Report | None = None, **more: Any
-    ) -> tuple[Answer, str]:
-        """Let the model answer: its answer, its name; the state follows how it went."""
-        model = self._model or await self._find_model(server)
-        with self._showing(server):
-            return await server.chat(model, messages, report, **more), model
-
-    @contextlib.contextmanager
-    def _showing(self, server: ModelServer) -> Iterator[None]:
-        """Set the state that an exchange with the server shows."""
-        try:
-            yield
-        except Unavailable as error:
-            self._model = self._configured  # it may come back with another
-            self.set_state("degraded", str(error))
-            raise
-        shown = f"model {one_line(self._model or '', 100)} at {server.host}"
-        self.set_state("running", shown + self._note)
 
 
 class VisionService(ModelService):
@@ -430,13 +350,13 @@ class VisionService(ModelService):
 
         Raises CommandFailed for what is no image, Unavailable when the model server is away.
         """
-        from karna.images import decode_image, read_image_header  # when the first one comes
+        from karna.images import decode_image, image_url, read_image_header  # with the first
 
         data = decode_image(image)
         facts = read_image_header(data)
         if self.server is None:
             return {**facts, "embedded": True}
-        url = f"data:image/{facts['format']};base64,{base64.b64encode(data).decode()}"
+        url = image_url(data)
         text = {"type": "text", "text": question or "Describe this image."}
         content = [text, {"type": "image_url", "image_url": {"url": url}}]
         answer, model = await self.chat(self.server, [{"role": "user", "content": content}])
@@ -447,14 +367,24 @@ MAX_MATCHES = 5  # of `interpret`: what a person looks at
 
 
 class LanguageService(ModelService):
-    """Maps free text to commands, and passes prompts to a model server."""
+    """Maps free text to commands; a model server answers prompts and chooses commands.
+
+    conversation_turns: how many of each client's last turns the model is told again.
+    """
 
     kind = "language"
     embedded = "embedded: matches text with commands"
     _commands: CommandProcessor | None = None
 
+    def __init__(self, *, conversation_turns: int = 8, **options: Any) -> None:
+        if conversation_turns < 0:
+            raise ValueError(f"conversation_turns must be 0 or more, not {conversation_turns}")
+        super().__init__(**options)
+        self.conversations = Conversations(conversation_turns)
+        self.proposals = Proposals()
+
     def register(self, commands: CommandProcessor) -> None:
-        """Offer the commands `interpret` and `ask`."""
+        """Offer the commands `interpret`, `ask`, `do`, `confirm` and `reset`."""
         self._commands = commands
 
         def interpret(text: Text) -> dict[str, Any]:
@@ -465,8 +395,26 @@ class LanguageService(ModelService):
             """Ask the language model; reports its tokens as they come."""
             return await self.ask(prompt, context)
 
+        async def do(
+            context: Context, text: Text, *, image: bytes | str | None = None
+        ) -> dict[str, Any]:
+            """Let the language model run the commands that a text asks for; reports each step.
+
+            What must not run unasked is proposed: `confirm` runs it.
+            """
+            return await self.do(text, context, image or None)
+
+        async def confirm(context: Context, id: str) -> Any:
+            """Run what `do` has proposed."""
+            return await self.confirm(id, context)
+
+        async def reset(context: Context) -> dict[str, int]:
+            """Forget what was said to the language model."""
+            return {"forgotten": self.conversations.forget(context.client)}
+
         commands.offer(Command(interpret, inline=True))
-        commands.offer(Command(ask))
+        for function in (ask, do, confirm, reset):
+            commands.offer(Command(function))
 
     def interpret(self, text: str) -> dict[str, Any]:
         """{"text", "matches": [{"command", "usage", "score"}]}, at most five, the best first."""
@@ -477,14 +425,59 @@ class LanguageService(ModelService):
         ]
         return {"text": text, "matches": matches}
 
-    async def ask(self, prompt: str, context: Context) -> dict[str, Any]:
-        """{"text", "model"}; each token is reported as {"token"}. Raises Unavailable."""
+    def _needed_server(self) -> ModelServer:
         if self.server is None:
             way = "--language-url URL (or KARNA_LANGUAGE_URL), such as http://localhost:11434"
             raise Unavailable(f"no language model: start the server with {way}")
-        said = {"role": "user", "content": prompt}
-        answer, model = await self.chat(self.server, [said], context.report)
+        return self.server
+
+    async def ask(self, prompt: str, context: Context) -> dict[str, Any]:
+        """{"text", "model"}; each token is reported as {"token"}. Raises Unavailable."""
+        before = self.conversations.messages(context.client)
+        messages = [*before, {"role": "user", "content": prompt}]
+        answer, model = await self.chat(
+            self._needed_server(), messages, context.report, owner=context.owner
+        )
+        self.conversations.add(context.client, prompt, answer.text)
         return {"text": answer.text, "model": model}
+
+    async def do(
+        self, text: str, context: Context, image: bytes | str | None = None
+    ) -> dict[str, Any]:
+        """Let the model choose commands and run them: {"text", "steps", "model"}.
+
+        Each step is reported as {"step", "command", "result"}, or "error" for its result. What
+        needs consent is not run: the result has {"proposal", "command", "expires"}, too.
+        """
+        from karna.choose import Steps  # with the first, as images
+        from karna.images import image_url
+
+        server, model = self._needed_server(), ""
+
+        async def ask(messages: list[Any], tools: list[Any], may_choose: bool) -> Answer:
+            nonlocal model
+            options = {"tools": tools, "may_choose": may_choose, "owner": context.owner}
+            answer, model = await self.chat(server, messages, **options)
+            return answer
+
+        assert self._commands is not None, "registered"
+        steps = Steps(self._commands, context, None if image is None else image_url(image))
+        last = await steps.run(text, self.conversations.messages(context.client), ask)
+        result = {"text": last, "steps": steps.done, "model": model}
+        if steps.proposed is not None:
+            call, line = steps.proposed
+            result |= self.proposals.add(lasting(context.client), call) | {"command": line}
+            last = last or f"(proposed: {line})"
+        self.conversations.add(context.client, text, last)
+        return result
+
+    async def confirm(self, id: str, context: Context) -> Any:
+        """Run what was proposed to this client under an id, once: its result."""
+        call = self.proposals.take(lasting(context.client), id)
+        if call is None or self._commands is None:
+            raise CommandFailed("nothing is proposed to you under this id: it was run, or expired")
+        inner = Context(context.client, context.progress, owner=context.owner)
+        return await self._commands.run(call, inner)
 
 
 # ---- built-in commands -----------------------------------------------------------------------

@@ -174,9 +174,7 @@ class ModelExchange:
             raise Unavailable(f"no connection within {connection.timeout:g} s") from None
         return self._ask(connection, method, path, body)
 
-    def _ask(
-        self, connection: HTTPConnection, method: str, path: str, body: bytes
-    ) -> HTTPResponse:
+    def _ask(self, connection: HTTPConnection, method: str, path: str, body: bytes) -> HTTPResponse:
         self._connection, self._socket = connection, connection.sock
         if self._is_closed:
             raise OSError("closed")
