@@ -16,6 +16,7 @@ import json
 import re
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
@@ -78,6 +79,7 @@ class IdleConnections:
 
     def __init__(self) -> None:
         self._kept: list[tuple[HTTPConnection, float]] = []
+        weakref.finalize(self, _close_all, self._kept)  # __del__ may come after the sockets' own
 
     def take(self) -> HTTPConnection | None:
         """One that its server has not closed."""
@@ -97,10 +99,12 @@ class IdleConnections:
             self._kept.pop(0)[0].close()
 
     def close(self) -> None:
-        while self._kept:
-            self._kept.pop()[0].close()
+        _close_all(self._kept)
 
-    __del__ = close
+
+def _close_all(kept: list[tuple[HTTPConnection, float]]) -> None:
+    while kept:
+        kept.pop()[0].close()
 
 
 def _has_news(sock: socket.socket) -> bool:

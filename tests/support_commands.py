@@ -131,6 +131,8 @@ class ModelHost:
                 pass
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
+        except asyncio.CancelledError:  # the test is over; asyncio would log it as an error
+            pass
         finally:
             self.lost.set()
             writer.close()
