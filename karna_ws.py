@@ -58,12 +58,13 @@ from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_no
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
 from karna.log import log
+from karna.model_service import ModelService
 from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
-from services import CommandProcessor, Function, LanguageService, ModelService, VisionService
+from services import CommandProcessor, Function, LanguageService, VisionService
 from services import notification
 
 if TYPE_CHECKING:
@@ -649,7 +650,8 @@ def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
         check_engine_handshake(head)
     elif head.path not in ("/ws", "/ws/"):
         raise _not_found()
-    may_come_in = is_authorized(manager.config, head)  # else the token comes with CONNECT
+    # The Socket.IO door takes its token with CONNECT; for all others it was asked already.
+    may_come_in = not is_engine or is_authorized(manager.config, head)
     if manager.is_draining or (manager.is_full and may_come_in):
         text = "the server is shutting down" if manager.is_draining else FULL_TEXT
         raise Unavailable(text, headers={"Retry-After": "5"})
@@ -885,9 +887,13 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
             log.warning("--%s-url is not used: the program has its own service", service)
         elif url:
             cast(ModelService, manager.services[service]).use_server(url, model=model)
+    if "language" not in manager.brought:
+        language = cast(LanguageService, manager.services["language"])
+        language.keep_turns(arguments.conversation_turns)
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
-        manager.commands.allow_program(name, path or None)
+        confirm = arguments.confirm_programs
+        manager.commands.allow_program(name, path or None, confirm=confirm)
     return manager
 
 

@@ -169,7 +169,8 @@ class AdmissionHub(BroadcastHub):
         client.cancel_calls()
         if reason == "transport close" and client.door == "socket.io":
             self._keep_state(client)
-        self.leave_groups(client, client.groups)
+        if client.groups:
+            self.leave_groups(client, client.groups)
         if not self.is_in(client):
             return
         del self._members(client)[client.id]

@@ -94,6 +94,7 @@ class Client:
         A group joined in a connect handler is replayed with the rest to a client that comes back.
         since: the offset from which a group that is joined later is replayed now; where that is
         no longer kept, the client gets an `error` with code `history_gap`.
+        Raises ConnectionError for a client that does not stay, such as one of the HTTP door.
         """
         self.manager.join_group(self, group)
         if since is not None:

@@ -154,6 +154,16 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
         default=programs.split(",") if programs else [],
         help="make a program of this machine a command (repeatable)",
     )  # fmt: skip
+    groups["commands"].add_argument(
+        "--no-confirm-programs", action="store_const", const=False, dest="confirm_programs",
+        default=_read_bool("--confirm-programs", _environment("--confirm-programs") or "1"),
+        help="models run allowed programs unasked (as KARNA_CONFIRM_PROGRAMS=0)",
+    )  # fmt: skip
+    groups["commands"].add_argument(
+        "--conversation-turns", type=int, metavar="N",
+        default=_environment("--conversation-turns") or 8,
+        help="turns with the language model kept for each client; 0 keeps none (default: 8)",
+    )  # fmt: skip
     model = "its model (default: the first it lists); its key comes from"
     for flag, metavar, help in (
         ("--vision-url", "URL", "OpenAI-compatible model server for vision, such as "

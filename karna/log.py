@@ -17,7 +17,7 @@ log = logging.getLogger("karna_ws")
 MAX_TRACEBACK_LINES = 60  # of an error; the deepest calls say most
 MAX_FAULTS = 200  # places in the code whose errors are told apart; the others are one
 REMEMBER_S = 600.0  # after its last error a place is forgotten, and its next one shown in full
-COMINGS = 50  # lines about clients that come, and about those that go, in a window of the gate
+COMINGS = 20  # lines about clients that come, and about those that go, in a window of the gate
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LIBRARIES = (

@@ -1,26 +1,30 @@
 """Commands as tools of a model: what a model is told of them, and of what they gave.
 
-Pure: values in, plain objects out. Used by mcp.
+Pure: values in, plain objects out. Used by mcp and choose.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orjson import Fragment
 
 from karna.command import Command
 from karna.envelopes import NOT_JSON, encode_json
-from karna.errors import CommandFailed
+from karna.errors import CommandFailed, UsageError
+from karna.text import encodable, printable
 
 MAX_NAME_CHARS = 64  # of a tool, as the strictest clients
 MAX_TEXT_CHARS = 100_000  # of a result: some 25,000 tokens, where hosts refuse it
 MAX_MEDIA_BYTES = 5 * 1024 * 1024  # of one image or sound, as model APIs
 MAX_PROGRESS_CHARS = 1_000  # of one report: hosts show a line
+MAX_LINE_CHARS = 4_000  # of a call as a command line: what a person reads before it is run
 
 
 def name_tools(commands: Iterable[Command]) -> dict[str, Command]:
@@ -48,6 +52,49 @@ def describe_tool(name: str, command: Command) -> dict[str, Any]:
     tool["description"] = command.help or f"usage: {command.usage}"
     tool["inputSchema"] = command.input_schema
     return {**tool, "annotations": hints} if hints else tool
+
+
+def line_of(command: Command, arguments: Mapping[str, Any]) -> str:
+    """The command line that calls a tool with these arguments, for a person to read.
+
+    Nothing in it is hidden: what does not print is shown by its code, and no part is left out.
+    Raises UsageError for one that is longer than a person reads.
+    """
+    words, named = [command.name], set(arguments)
+    places = [each for each in command.arguments if "option" not in each]
+    while places and places[-1]["name"] not in named:
+        places.pop()
+    for each in command.arguments:
+        if "option" in each and each["name"] in named:
+            words += _option_words(each, arguments[each["name"]])
+    for each in places:
+        words += _place_words(each, arguments.get(each["name"], each.get("default")))
+    extra = named - {each["name"] for each in command.arguments}
+    words += [f"--{name}={_word(arguments[name])}" for name in arguments if name in extra]
+    line = " ".join(words)
+    if len(line) > MAX_LINE_CHARS:
+        raise UsageError(f"the arguments of {command.name} are too long to be shown")
+    return printable(encodable(line), MAX_LINE_CHARS)
+
+
+def _option_words(option: Mapping[str, Any], value: Any) -> list[str]:
+    if option["type"] == "bool" and type(value) is bool:
+        label: str = option["option"]
+        return [label if value else f"--no-{label[2:]}"]
+    return [option["option"], _word(value)]
+
+
+def _place_words(place: Mapping[str, Any], value: Any) -> list[str]:
+    if place["type"] == "text" and isinstance(value, str):
+        is_plain = value[:1] not in ("", "'", '"', "-") and value == value.strip()
+        return [value if is_plain else _word(value)]
+    values = value if place.get("repeated") and isinstance(value, list) else [value]
+    return list(map(_word, values))
+
+
+def _word(value: Any) -> str:
+    """A value as a word; what no word can say, as JSON."""
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
 def content_of(value: Any) -> dict[str, Any]:

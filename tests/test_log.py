@@ -94,6 +94,17 @@ def test_error_that_comes_again_much_later_is_shown_in_full(caught: Look) -> Non
     assert caught() == ["c1 failed: ValueError | ValueError: as planned"]
 
 
+def test_error_that_comes_now_and_then_is_not_shown_in_full_each_time(caught: Look) -> None:
+    gate, shown = LogGate(), []
+    for now in range(0, 6000, 10):
+        gate.turn(now)
+        if now % 400 == 0:
+            fail(gate)
+        shown += caught()
+    assert len([line for line in shown if "as planned" in line]) == 1
+    assert len([line for line in shown if "more in" in line]) > 5
+
+
 def test_errors_of_other_places_and_types_are_shown_too(caught: Look) -> None:
     gate = LogGate()
     for how in ("raise ValueError", "\nraise ValueError", "\n1 / 0", "\nraise ValueError"):
@@ -220,6 +231,10 @@ def broken() -> WebSocketManager:
     async def poke(client: Client, how: str) -> Any:
         return raising[how]()
 
+    @manager.on
+    async def add(client: Client, number: int) -> int:
+        return number + "1"  # type: ignore[operator]  # a TypeError, but not of the call
+
     @manager.on("disconnect")
     def leave(client: Client, reason: str) -> None:
         raising["bug"]()
@@ -250,10 +265,16 @@ async def test_errors_of_the_programs_own_code_are_logged_with_their_traceback(
             await socket.send('42["poke","bug"]', '421["poke","no"]')
             await socket.packet("431")
             assert bugs() == ["method ask failed: IndexError", "handler of 'poke' failed: IndexError"]
+            await socket.send('422["add",1]')
+            await socket.packet("432")
+            assert [line.partition(" |")[0] for line in bugs()] == ["handler of 'add' failed: TypeError"]
             assert (await http(server, "POST", "/api/execute_command", {"command": "on_loop bug"}))[0] == 500
             assert bugs() == [], "it was shown"
         await until(lambda: not server.manager.commands.tasks.running)
         assert bugs() == ["handler of 'disconnect' failed: IndexError"]
+    assert bugs()[:2] == [
+        "command in_thread failed: IndexError: 1 more", "command on_loop failed: IndexError: 2 more"
+    ]  # fmt: skip
 
 
 async def test_error_of_a_service_is_logged_and_unavailable_is_not(
