@@ -707,6 +707,8 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         await page.until_open()
         await page.evaluate("for (let n = 0; n < 40; n++) run(`echo ${n}`)")
         await page.until_entry("echo 39", "done")
+        # In a frame of its own: the page has followed the last answer by then.
+        await page.evaluate("new Promise(requestAnimationFrame)")
         await page.evaluate("$('transcript').scrollTop = 0")
         manager.ask(1, "confirm", "Go on?")
         await page.until("document.querySelector('[data-state=asking]')")
