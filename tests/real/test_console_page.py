@@ -955,6 +955,7 @@ async def test_prompt_stays_in_view_on_a_small_screen(chromium: str) -> None:
         await page.evaluate("scrollTo(0, document.body.scrollHeight)")
         await page.run("echo seen")  # from the page's end: its answer is brought into view
         await page.until_entry("echo seen", "done")
+        await page.evaluate("new Promise(requestAnimationFrame)")
         answer = "[...document.querySelectorAll('.entry')].at(-1).getBoundingClientRect()"
         below = "$('prompt').getBoundingClientRect().top"
         assert await page.evaluate(f"{answer}.top >= 0 && {answer}.bottom <= {below}")
