@@ -72,6 +72,7 @@ if TYPE_CHECKING:
 
     from karna.backplane import RedisBackplane
     from karna.mcp import Mcp
+    from karna.reload import Parent
 
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
@@ -897,13 +898,18 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     return manager
 
 
-async def run(manager: WebSocketManager, options: Mapping[str, Any]) -> None:
-    """Serve as `serve()` does, and say so."""
+async def run(
+    manager: WebSocketManager, options: Mapping[str, Any], parent: Parent | None = None
+) -> None:
+    """Serve as `serve()` does, and say so. parent: who may start us again."""
     from karna.command_line import describe_server, say
 
     asyncio.get_running_loop().set_exception_handler(manager.log_loop_error)
     async with serving(manager, **options) as server:
-        say(describe_server(__version__, server.config, server.listener.sockets[0]))
+        if parent is None or parent.is_first:
+            say(describe_server(__version__, server.config, server.listener.sockets[0]))
+        if parent is not None:
+            parent.obey(server.make_way)
         await _serve_until_stopped(server)
 
 
@@ -918,11 +924,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_line.set_up_logging(arguments.log_level)
         command_line.warn_of_misspelt(os.environ, vars(arguments))
         options = {option.name: getattr(arguments, option.name) for option in fields(Config)}
-        config = make_config(options)
+        config, parent = make_config(options), None
+        if arguments.reload:
+            from karna import reload
+
+            parent = reload.find_parent()
+            if parent is None:
+                return reload.supervise(arguments.program, config)
+            options["grace_s"] = min(config.grace_s, reload.GRACE_S)
         manager = make_manager(arguments)
         loop_factory = functools.partial(command_line.new_event_loop, config.loop)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(run(manager, options))
+            runner.run(run(manager, options, parent))
             # Closing the runner waits for every task, even one that ignores its cancellation.
             last_resort = threading.Timer(LAST_RESORT_S, os._exit, (0,))
             last_resort.daemon = True

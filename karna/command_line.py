@@ -174,6 +174,11 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         default = _environment(flag)
         groups["commands"].add_argument(flag, metavar=metavar, default=default, help=help)
+    reloads = _environment("--reload")
+    groups["run"].add_argument(
+        "--reload", action="store_true", default=reloads and _read_bool("--reload", reloads),
+        help="start again when PROGRAM.py, or a module beside it, has changed",
+    )  # fmt: skip
     groups["run"].add_argument(
         "--log-level", metavar="LEVEL", type=str.lower,
         default=_environment("--log-level") or "info",

@@ -122,6 +122,11 @@ class Server:
             self._closing = asyncio.ensure_future(self._close())
         return self._closing
 
+    def make_way(self) -> None:
+        """`close`, for another process with the same socket: who connects now waits for that."""
+        self.listener.stop_accepting()
+        self.close()
+
     async def wait_closed(self) -> None:
         """Wait until the server has stopped."""
         while self._closing is None:
