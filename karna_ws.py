@@ -460,6 +460,7 @@ class WebSocketManager(ServedHub):
         if since is not None and not self._is_ahead(since):
             missed = self.history.since(since)
         if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
+            client.connection.hold(HOLD_CONNECT)
             self.spawn(self._replay(client, missed), f"replay for {client.id}")
         else:
             self._enter(client, missed)
@@ -469,21 +470,23 @@ class WebSocketManager(ServedHub):
 
         Until then it is not read: an answer would tell an offset that it has not come to.
         """
-        client.connection.hold(HOLD_CONNECT)
         longest_s = self.config.raw_ping_interval_s + self.config.ping_timeout_s
         left: list[Entry] | None = missed
-        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
+        while client.is_present and left and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
             for entry in self.missed_by(client, left):
                 client.send_missed(entry)
-                if not await client.connection.written_within(longest_s):
-                    return
+                await client.connection.written_within(longest_s)
+                if not client.is_present:
+                    break
             self.flush_broadcasts()
             left = self.history.since(left[-1].offset)
         self._enter(client, left)
 
     def _enter(self, client: RawClient | SocketIoClient, missed: list[Entry] | None) -> None:
-        """It is live from now on."""
+        """It is live from now on, unless it has left."""
         client.connection.release(HOLD_CONNECT)
+        if not client.is_present:
+            return
         self._add(client)
         client.welcome(None if missed is None else self.missed_by(client, missed))
         if missed is not None and self.backplane is not None:
@@ -516,7 +519,10 @@ class WebSocketManager(ServedHub):
             before.connection.close(
                 CloseCode.POLICY_VIOLATION, "the client came back by another connection"
             )
+            self._parted.pop((client.namespace, client.id), None)  # this one has it already
         members[client.id] = client
+        for group in client.groups:
+            self.groups.setdefault(group, set()).add(client)
         if isinstance(client, SocketIoClient):
             client.session.connect_deadline = NEVER
 
