@@ -394,6 +394,10 @@ class Connection(Sender):
             # Not now: the caller may be in the middle of handling another message.
             self.hub.turns.wait(self.read_kept)
 
+    def is_held(self, reason: int) -> bool:
+        """Is it not read, for this reason?"""
+        return bool(self._holds & reason)
+
     def count_leaving(self, count: int) -> None:
         """Disconnect handlers begin or end: who joins and leaves in turn waits for them."""
         self.leaving += count

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from karna.errors import CommandFailed
 from karna_ws import Client, WebSocketManager
 from services import Context
 from support import Raw, Sio, http, served, until
@@ -135,3 +136,41 @@ async def test_group_that_was_left_is_not_given_back_by_an_older_connection() ->
         await until(lambda: not manager.count_clients())
         async with Sio.open(server, join="/", auth=auth), Raw.open(server):
             assert groups == [set(), {"admins"}, set(), set()]
+
+
+async def test_auth_that_is_kept_is_bounded() -> None:
+    """As JSON of 1 MiB it took 25 MiB, in each namespace, as long as the client stayed."""
+    async with served() as server, Sio.open(server) as client:
+        await client.send("40/ws," + '{"token":"' + "x" * 17_000 + '"}')
+        refused = await client.packet("44/ws,")
+        assert refused["data"]["code"] == "too_large"
+        assert "sid" in await client.join("/ws", {"token": "x" * 16_000})
+
+
+async def test_answer_that_cannot_be_shown_is_an_answer() -> None:
+    """Its question waited on, and the log told of a bug."""
+    manager = WebSocketManager()
+    async with served(manager) as server, Raw.open(server) as client:
+        await client.run("echo x")
+        asking = asyncio.create_task(manager.all_clients()[0].call("hi"))
+        number = (await client.next_of("call"))["call"]
+        deep = "[" * 990 + "]" * 990
+        params = f'{{"call":{number},"error":{deep}}}'
+        await client.send(f'{{"method":"answer","id":1,"params":{params}}}')
+        assert (await client.final(1))["data"] == {"answered": number}
+        with pytest.raises(CommandFailed, match="nested"):
+            await asking
+
+
+async def test_all_notifications_of_a_batch_by_post_are_handled() -> None:
+    """Those past the first turn were dropped: their exchange had been answered by then."""
+    manager, hits = WebSocketManager(), 0
+
+    @manager.method("hit", inline=True)
+    def hit() -> None:
+        nonlocal hits
+        hits += 1
+
+    async with served(manager) as server:
+        status, _ = await http(server, "POST", "/rpc", [{"jsonrpc": "2.0", "method": "hit"}] * 200)
+        assert (status, hits) == (204, 200)
