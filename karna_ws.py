@@ -225,6 +225,7 @@ class WebSocketManager(ServedHub):
         self.methods: dict[str, Command] = {}
         self.handlers: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
+        self.deciding: set[Client] = set()  # who is here and whose connect handler runs
         self._parted: OrderedDict[Any, Any] = OrderedDict()  # state and groups of who may recover
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self._route = functools.partial(route, self)
@@ -443,9 +444,20 @@ class WebSocketManager(ServedHub):
             return self._decided(client, None, None)
         if client.door == "raw":
             client.connection.hold(HOLD_CONNECT)
+        self.deciding.add(client)
         call = Call(handler, [client, client.auth], {})
-        decided = functools.partial(self._decided, client)
+        decided = functools.partial(self._asked, client)
         self.commands.start_call(call, Context(client, owner=client.connection), decided)
+
+    def _asked(
+        self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
+    ) -> None:
+        """Its connect handler has ended."""
+        if client in self.deciding:
+            self.deciding.discard(client)
+        else:  # it has left meanwhile
+            self.leaving -= 1
+        self._decided(client, value, error)
 
     def _decided(
         self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
@@ -532,6 +544,9 @@ class WebSocketManager(ServedHub):
         if reason == "transport close" and client.door == "socket.io":
             self._keep_state(client)
         self.leave_groups(client, client.groups)
+        if client in self.deciding:  # who comes and goes in turn starts no handlers without end
+            self.deciding.discard(client)
+            self.leaving += 1
         if not self.is_in(client):
             return
         del self._members(client)[client.id]

@@ -130,9 +130,8 @@ async def test_group_that_was_left_is_not_given_back_by_an_older_connection() ->
     async with served(manager) as server:
         manager.broadcast("x", 1)
         auth = {"pid": "me", "offset": manager.history.last}
-        async with Sio.open(server, join="/", auth=auth):
-            async with Sio.open(server, join="/", auth=auth):
-                pass
+        async with Sio.open(server, join="/", auth=auth), Sio.open(server, join="/", auth=auth):
+            pass
         await until(lambda: not manager.count_clients())
         async with Sio.open(server, join="/", auth=auth), Raw.open(server):
             assert groups == [set(), {"admins"}, set(), set()]
