@@ -80,7 +80,8 @@ class Connection(Sender):
         self.pinged_at: float | None = None
         self.calls: Any = None  # what its clients have running and waiting, while there is any
         self.leaving = 0  # its disconnect handlers that run
-        self.waiting = 0  # requests, all namespaces together, that wait for a command to end
+        # Requests, of all namespaces, that wait for a command to end; and answers, in a batch.
+        self.waiting = 0
         self.waiting_bytes = 0
         self._tail: bytearray | None = None  # what arrived of the next frame or request
         self._need = 0  # bytes that `_tail` must have before another look at it is worth while

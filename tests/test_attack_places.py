@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from karna.door import HOLD_CALLS
 from karna_ws import Client, WebSocketManager
-from support import Sio, served, until
+from support import Gate, Raw, Sio, served, until
 from support_peers import ENGINE, TOKEN, Peer, ask, dial, frame, head, raw, upgrade
 
 PENDING = 128  # hub.PENDING_CONNECTIONS
@@ -88,3 +89,21 @@ async def test_client_sent_away_by_its_connect_handler_gives_its_place_back() ->
             assert (await client.packet("44"))["message"] == "no"
         await until(lambda: not manager.commands.running)
         assert (manager.leaving, manager.deciding) == (0, set())
+
+
+async def test_answers_that_wait_in_batches_are_bounded() -> None:
+    """Of 288 batches that one slow command each kept open, all other answers were kept: 40 MiB."""
+    manager = WebSocketManager()
+    gate = Gate(manager)
+    slow = {"jsonrpc": "2.0", "method": "execute_command", "params": ["gate a"], "id": 0}
+    quick = {"jsonrpc": "2.0", "method": "get_status", "id": 1}
+    async with served(manager) as server, Raw.open(server) as client:
+        await client.send(*([slow, *[quick] * 200] for _ in range(100)))
+        connection = next(iter(manager.raw.values())).connection
+        await until(lambda: connection.is_held(HOLD_CALLS))
+        assert connection.waiting_bytes < 2 * 1024 * 1024
+        gate.let("a")
+        for _ in range(100):
+            assert len(await client.next()) == 201
+        assert await client.run("echo x") == "x"
+        assert (connection.waiting, connection.waiting_bytes) == (0, 0)
