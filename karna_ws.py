@@ -47,7 +47,7 @@ from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import Door
+from karna.door import HOLD_BATCH, Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, name_stray
@@ -773,10 +773,19 @@ def answer_rpc(manager: WebSocketManager, exchange: Exchange, body: bytes) -> No
         answer = handle_json_rpc(client, message, len(body), manager.json_rpc)
         messages = message if isinstance(message, list) else [message]
         if answer is None and all(map(is_notification, messages)):
-            return exchange.answer(204, b"")
+            return _answer_notified(exchange)
     if answer is not None:
         client.deliver(answer, None)
     return None
+
+
+def _answer_notified(exchange: Exchange) -> None:
+    """204, once the last notification of a batch has been handled."""
+    connection = exchange.connection
+    if connection.is_held(HOLD_BATCH):
+        connection.hub.turns.wait(functools.partial(_answer_notified, exchange))
+    else:
+        exchange.answer(204, b"")
 
 
 def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:

@@ -54,7 +54,7 @@ class Hub:
         self.connections: set[Any] = set()  # of Swept; each room knows them by what it needs
         self.pending: dict[Any, None] = {}  # those not let in yet, the oldest first
         self.seats: set[Any] = set()  # those that were let in, and have not left
-        self.leaving = 0  # disconnect handlers that run: each keeps its client's place
+        self.leaving = 0  # handlers that run for who has left: each keeps its client's place
         self.names = itertools.count(1)  # of connections, in logs
         self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
         self.metrics = Metrics()
