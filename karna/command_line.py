@@ -149,6 +149,7 @@ def in_terms_of_flags(error: Exception) -> str:
     """An error's text; the option that it begins with as the flag that people know."""
     name, _, rest = str(error).partition(" ")
     flags = {option.name: _flag(option) for option in fields(Config)}
+    flags["conversation_turns"] = "--conversation-turns"
     return f"{flags.get(name, name)} {rest}"
 
 
