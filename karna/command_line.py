@@ -201,7 +201,9 @@ def warn_of_misspelt(environment: Iterable[str], arguments: Iterable[str]) -> No
 def in_terms_of_flags(error: Exception, arguments: Sequence[str] = ()) -> str:
     """An error's text; the option that it begins with as what its owner wrote: flag or variable."""
     name, _, rest = str(error).partition(" ")
-    flag = {option.name: _flag(option) for option in fields(Config)}.get(name, name)
+    flags = {option.name: _flag(option) for option in fields(Config)}
+    flags["conversation_turns"] = "--conversation-turns"
+    flag = flags.get(name, name)
     is_flag = flag.startswith("--")
     if is_flag and _environment(flag) and not any(map(functools.partial(_is, flag), arguments)):
         flag = _variable(flag)
