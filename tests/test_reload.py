@@ -36,6 +36,8 @@ import karna_ws
 sys.exit(karna_ws.main(sys.argv[1:]))
 """
 
+PATIENT = SCALED.replace("0.02, 0.5, 0.1", "0.02, 3600, 0.1")
+
 PROGRAM = """\
 import os, time
 from karna_ws import WebSocketManager
@@ -104,7 +106,8 @@ class Edited:
 async def reloading(folder: Path, *flags: str, **options: Any) -> AsyncIterator[Edited]:
     edited = Edited(folder)
     flags = (str(edited.file), "--reload", *flags)
-    async with process(*flags, script=("-c", SCALED), **options) as edited.karna:
+    options = {"script": ("-c", SCALED), **options}
+    async with process(*flags, **options) as edited.karna:
         yield edited
 
 
@@ -120,7 +123,7 @@ async def test_change_is_served_on_the_same_port_and_clients_are_told_to_come_ba
                     await client.recv()
             assert client.close_code == 1012
         second = await edited.until_told("second", "a")
-        edited.write_helper('HELP = "b"')  # a module beside it; of the same size, in that second
+        edited.write_helper('HELP = "b"')  # a module beside it
         third = await edited.until_told("second", "b")
         assert len({first, second, third, edited.karna.pid}) == 4
         await until(lambda: not is_alive(first) and not is_alive(second))
@@ -129,6 +132,20 @@ async def test_change_is_served_on_the_same_port_and_clients_are_told_to_come_ba
         assert await edited.karna.ended() == 0
         assert not is_alive(third) and not answers_on(edited.karna.port)
         assert "Traceback" not in edited.karna.log() and "WARNING" not in edited.karna.log()
+
+
+async def test_module_that_changes_twice_in_a_second_is_no_old_one_from_a_cache(
+    tmp_path: Path,
+) -> None:
+    """Compiled files are told apart by seconds and size alone."""
+    async with reloading(tmp_path, environment={"PYTHONDONTWRITEBYTECODE": ""}) as edited:
+        await edited.until_told("first", "a")
+        before = os.stat(edited.folder / "helper.py")
+        for text in ("b", "c"):
+            (edited.folder / "next.py").write_text(f'HELP = "{text}"')
+            os.utime(edited.folder / "next.py", ns=(before.st_atime_ns, before.st_mtime_ns))
+            (edited.folder / "next.py").rename(edited.folder / "helper.py")
+            await edited.until_told("first", text)
 
 
 async def test_mistake_is_shown_with_its_line_and_who_connects_waits_for_the_mended_file(
@@ -163,8 +180,8 @@ async def test_first_start_with_a_mistake_is_waited_out_too(tmp_path: Path) -> N
         assert await edited.karna.ended() == 0
 
 
-async def test_file_that_never_ends_to_load_is_ended(tmp_path: Path) -> None:
-    async with reloading(tmp_path) as edited:
+async def test_file_that_never_ends_to_load_is_ended_at_once(tmp_path: Path) -> None:
+    async with reloading(tmp_path, script=("-c", PATIENT)) as edited:
         await edited.until_told("first", "a")
         edited.write("second", "\nprint('loads', flush=True)\nwhile True: pass")
         await edited.logs("loads")
@@ -240,9 +257,7 @@ async def test_signal_while_a_mistake_is_waited_out_ends_it(tmp_path: Path) -> N
 
 async def test_second_signal_does_not_wait(tmp_path: Path) -> None:
     environment = {"KARNA_GRACE": "1"}
-    script = SCALED.replace("0.02, 0.5, 0.1", "0.02, 3600, 0.1")
-    edited = Edited(tmp_path)
-    async with process(str(edited.file), "--reload", script=("-c", script), environment=environment) as edited.karna:
+    async with reloading(tmp_path, script=("-c", PATIENT), environment=environment) as edited:
         pid = await edited.until_told("first", "a")
         blocking = asyncio.create_task(ask(edited.karna.port, execute("block")))
         await edited.logs("blocks")
@@ -335,6 +350,15 @@ def test_parent_binds_what_its_config_says(host: str) -> None:
             bind_socket(Config(host=host, port=port, insecure_no_token=True))
 
 
+def test_parent_binds_the_ipv4_address_of_a_name_that_has_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: found)
+    with contextlib.closing(bind_socket(Config(host="localhost", port=0))) as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
 def test_parent_takes_the_place_of_a_dead_unix_socket_alone(tmp_path: Path) -> None:
     path = str(tmp_path / "karna.sock")
     with socket.socket(socket.AF_UNIX) as dead:
@@ -403,14 +427,17 @@ def test_watch_is_bounded_and_says_so_once(
     assert watch.change() == program
 
 
-def test_watch_survives_links_in_a_circle_and_folders_it_may_not_read(tmp_path: Path) -> None:
-    (tmp_path / "circle").symlink_to(tmp_path)
+def test_watch_survives_links_in_circles_and_folders_it_may_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("circle", "other", "third"):
+        (tmp_path / name).symlink_to(tmp_path)
     (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
     (tmp_path / "locked").mkdir(mode=0)
     watch = Watch(touch(tmp_path / "lights.py"))
     assert watch.change() is None
     (tmp_path / "locked").rmdir()
-    assert watch.change() is None
+    assert watch.change() is None and caplog.text == ""
 
 
 def test_server_that_is_no_child_has_no_parent() -> None:
