@@ -60,6 +60,7 @@ class Hub:
         self.metrics = Metrics()
         self.log_gate = LogGate()
         self.tasks = Tasks(self.log_error)
+        self.entering = Tasks(self.log_error)  # handshakes and replays: no stop waits for their end
         self.is_draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
         self.thread = 0  # of that loop

@@ -65,7 +65,7 @@ class TlsEntrance(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self.transport.pause_reading()  # what arrives belongs to the handshake
         self.hub.adopt(self)
-        self.hub.spawn(self._shake_hands(), "TLS handshake")
+        self.hub.entering.spawn(self._shake_hands(), "TLS handshake")
 
     def data_received(self, data: bytes) -> None:
         self._early += data
