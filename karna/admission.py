@@ -115,7 +115,7 @@ class AdmissionHub(BroadcastHub):
             missed = self.history.since(since)
         if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
             client.connection.hold(HOLD_CONNECT)
-            self.spawn(self._replay(client, missed), f"replay for {client.id}")
+            self.entering.spawn(self._replay(client, missed), f"replay for {client.id}")
         else:
             self._enter(client, missed)
 

@@ -61,6 +61,7 @@ class Hub:
         self.log_gate = LogGate()
         self.traces = False  # does the log show each request? Told when it begins to serve
         self.tasks = Tasks(self.log_error)
+        self.entering = Tasks(self.log_error)  # handshakes and replays: no stop waits for their end
         self.is_draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
         self.thread = 0  # of that loop

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from karna.door import HOLD_CALLS
 from karna_ws import Client, WebSocketManager
 from support import Gate, Raw, Sio, served, until
-from support_peers import ENGINE, TOKEN, Peer, ask, dial, frame, head, raw, upgrade
+from support_peers import ENGINE, TOKEN, Peer, ask, dial, frame, head, lazy, raw, upgrade
+from test_listen import make_certificate
 
 PENDING = 128  # hub.PENDING_CONNECTIONS
 
@@ -107,3 +110,26 @@ async def test_answers_that_wait_in_batches_are_bounded() -> None:
             assert len(await client.next()) == 201
         assert await client.run("echo x") == "x"
         assert (connection.waiting, connection.waiting_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("who", ["handshake", "replay"])
+async def test_stop_does_not_wait_for_who_has_not_come_in(who: str, tmp_path: Path) -> None:
+    """One silent stranger made each restart take 10 s."""
+    tls = {}
+    if who == "handshake":
+        certificate, key = make_certificate(tmp_path)
+        tls = {"certfile": str(certificate), "keyfile": str(key)}
+    manager = WebSocketManager()
+    async with served(manager, grace_s=25.0, **tls) as server, contextlib.AsyncExitStack() as stack:
+        if who == "handshake":
+            await stack.enter_async_context(dial(server.port))
+            await until(lambda: manager.connections)
+        else:
+            before = manager.history.last
+            for _ in range(200):
+                manager.broadcast("x", "y" * 20_000)
+            await stack.enter_async_context(lazy(server.port, f"/ws?since={before}"))
+            await until(lambda: any(not each.is_writable for each in manager.connections))
+        began = time.monotonic()
+        await server.close()
+        assert time.monotonic() - began < 10.0  # 25 and more, with the grace
