@@ -47,7 +47,7 @@ from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import Door
+from karna.door import HOLD_BATCH, Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, name_stray
@@ -58,12 +58,13 @@ from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_no
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
 from karna.log import log
+from karna.model_service import ModelService
 from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
-from services import CommandProcessor, Function, LanguageService, ModelService, VisionService
+from services import CommandProcessor, Function, LanguageService, VisionService
 from services import notification
 
 if TYPE_CHECKING:
@@ -650,7 +651,8 @@ def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
         check_engine_handshake(head)
     elif head.path not in ("/ws", "/ws/"):
         raise _not_found()
-    may_come_in = is_authorized(manager.config, head)  # else the token comes with CONNECT
+    # The Socket.IO door takes its token with CONNECT; for all others it was asked already.
+    may_come_in = not is_engine or is_authorized(manager.config, head)
     if manager.is_draining or (manager.is_full and may_come_in):
         text = "the server is shutting down" if manager.is_draining else FULL_TEXT
         raise Unavailable(text, headers={"Retry-After": "5"})
@@ -771,10 +773,19 @@ def answer_rpc(manager: WebSocketManager, exchange: Exchange, body: bytes) -> No
         answer = handle_json_rpc(client, message, len(body), manager.json_rpc)
         messages = message if isinstance(message, list) else [message]
         if answer is None and all(map(is_notification, messages)):
-            return exchange.answer(204, b"")
+            return _answer_notified(exchange)
     if answer is not None:
         client.deliver(answer, None)
     return None
+
+
+def _answer_notified(exchange: Exchange) -> None:
+    """204, once the last notification of a batch has been handled."""
+    connection = exchange.connection
+    if connection.is_held(HOLD_BATCH):
+        connection.hub.turns.wait(functools.partial(_answer_notified, exchange))
+    else:
+        exchange.answer(204, b"")
 
 
 def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
@@ -886,9 +897,13 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
             log.warning("--%s-url is not used: the program has its own service", service)
         elif url:
             cast(ModelService, manager.services[service]).use_server(url, model=model)
+    if "language" not in manager.brought:
+        language = cast(LanguageService, manager.services["language"])
+        language.keep_turns(arguments.conversation_turns)
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
-        manager.commands.allow_program(name, path or None)
+        confirm = arguments.confirm_programs
+        manager.commands.allow_program(name, path or None, confirm=confirm)
     return manager
 
 

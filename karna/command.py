@@ -20,7 +20,7 @@ from orjson import dumps, loads
 from karna.context import Context
 from karna.errors import CommandFailed, UsageError
 from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
-from karna.words import stems_of
+from karna.words import MAX_WORDS, cut_word, skip_blanks, stems_of, unquoted
 
 _REQUIRED: Any = inspect.Parameter.empty
 Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of a function
@@ -61,7 +61,12 @@ class Parameter:
             text = f"{self.label} {text}"
         if not self.is_required:
             text = f"[{text}]"
-        return text + "..." if self.is_repeated else text
+        return text + "..." if self.is_repeated or self.is_text else text
+
+    @property
+    def is_text(self) -> bool:
+        """Does it take the rest of the line?"""
+        return self.kind.is_text and not self.is_option
 
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
@@ -70,7 +75,7 @@ class Parameter:
             shown["default"] = self.told_default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
-        if self.is_repeated:
+        if self.is_repeated or self.is_text:
             shown["repeated"] = True
         if self.is_option:
             shown["option"] = self.label
@@ -120,9 +125,10 @@ class Command:
 
     Positional parameters become words, keyword-only ones options (`--name VALUE`, `--name=VALUE`,
     `--flag`, `--no-flag`), and `*words` takes one word or more; none will do when its type allows
-    None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
-    `params` instead. `inline` marks a plain function that never blocks and may be called at once,
-    on the loop, without a task; functions with `yield` are `async def`.
+    None, as `*words: str | None` or no annotation does. A last one annotated `Text` takes the rest
+    of the line as it was typed. Every parameter can be given by name in `params` instead. `inline`
+    marks a plain function that never blocks and may be called at once, on the loop, without a
+    task; functions with `yield` are `async def`.
 
     For assistants: `tool` says whether it is one of their tools (None: a program's commands are,
     built-in ones are not), `confirm` that a person has to agree to each call, `read_only` and
@@ -200,11 +206,16 @@ class Command:
             else:
                 self._read_parameter(declared)
         options = [each for each in self._by_name.values() if each.is_option]
+        self._options = {each.name for each in options}
         flags = [each for each in options if each.is_flag]
         self._flags = {"no_" + each.name: (each, False) for each in flags}
         self._flags |= {each.name: (each, True) for each in flags}
         self._has_options = bool(options) or self._extra is not None
         self._required = [each for each in self._by_name.values() if each.is_required]
+        self.takes_text = any(each.is_text for each in self._words)
+        before = self._words if self._repeated is not None else self._words[:-1]
+        if any(each.is_text for each in before) or (self._repeated and self._repeated.is_text):
+            raise TypeError(f"command {self.name}: a Text takes what is left, nothing can follow")
         # The two commonest shapes are bound without a loop: only words, and nothing at all.
         any_words = self._repeated is not None and self._repeated.kind in (KINDS[str], ANY)
         self._only_words = any_words and not self._words and not self._has_options
@@ -258,6 +269,57 @@ class Command:
 
     def usage_error(self, problem: str) -> UsageError:
         return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
+
+    def split_text(self, line: str) -> list[str]:
+        """The words of a line whose last one is free text, as `bind` takes them.
+
+        Options stand before the text, or at its end where they are written without quotes; after
+        a `--` all is text. A text that is one word in quotes goes without these. What is long is
+        never split. Raises UsageError for a quote that is not closed before the text.
+        """
+        _, at = cut_word(line, skip_blanks(line, 0))
+        words: list[str] = []
+        places = len(self._words) - 1  # before the text
+        while at < len(line) and len(words) < MAX_WORDS:
+            is_option = self._has_options and line.startswith("--", at) and "--" not in words
+            if not (is_option or places):
+                break
+            word, at = cut_word(line, at)
+            words.append(word)
+            if not is_option:
+                places -= 1
+            elif self._lacks_value(word) and at < len(line):
+                word, at = cut_word(line, at)
+                words.append(word)
+        text = line[at:].rstrip(" \t\r\n")
+        if text and self._has_options and "--" not in words:
+            text, options = self._cut_options(text)
+            words += [*options, "--"]
+        return [*words, unquoted(text)] if text else words
+
+    def _lacks_value(self, word: str) -> bool:
+        """Is it an option whose value is the next word?"""
+        return "=" not in word and word != "--" and word[2:].replace("-", "_") not in self._flags
+
+    def _cut_options(self, text: str) -> tuple[str, list[str]]:
+        """A text without the options at its end; those."""
+        found: list[str] = []
+        for _ in self._options:
+            for count in (1, 2):
+                head, *tail = ["", *text.rsplit(None, count)][-count - 1 :]
+                if head and self._is_option(tail):
+                    text, found = head, tail + found
+                    break
+        return text, found
+
+    def _is_option(self, words: list[str]) -> bool:
+        """Is this an option of ours with all that it needs?"""
+        label = words[0].partition("=")[0]
+        name = label[2:].replace("-", "_")
+        if not label.startswith("--") or any(mark in "".join(words) for mark in "\"'\\"):
+            return False
+        is_known = name in self._options or (name in self._flags and label == words[0])
+        return is_known and self._lacks_value(words[0]) == (len(words) == 2)
 
     def bind(self, words: Sequence[str], params: Mapping[str, Any]) -> Bound:
         """Convert words and named parameters to the function's arguments; raises UsageError.

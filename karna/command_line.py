@@ -154,6 +154,16 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
         default=programs.split(",") if programs else [],
         help="make a program of this machine a command (repeatable)",
     )  # fmt: skip
+    groups["commands"].add_argument(
+        "--no-confirm-programs", action="store_const", const=False, dest="confirm_programs",
+        default=_read_bool("--confirm-programs", _environment("--confirm-programs") or "1"),
+        help="models run allowed programs unasked (as KARNA_CONFIRM_PROGRAMS=0)",
+    )  # fmt: skip
+    groups["commands"].add_argument(
+        "--conversation-turns", type=int, metavar="N",
+        default=_environment("--conversation-turns") or 8,
+        help="turns with the language model kept for each client; 0 keeps none (default: 8)",
+    )  # fmt: skip
     model = "its model (default: the first it lists); its key comes from"
     for flag, metavar, help in (
         ("--vision-url", "URL", "OpenAI-compatible model server for vision, such as "
@@ -191,7 +201,9 @@ def warn_of_misspelt(environment: Iterable[str], arguments: Iterable[str]) -> No
 def in_terms_of_flags(error: Exception, arguments: Sequence[str] = ()) -> str:
     """An error's text; the option that it begins with as what its owner wrote: flag or variable."""
     name, _, rest = str(error).partition(" ")
-    flag = {option.name: _flag(option) for option in fields(Config)}.get(name, name)
+    flags = {option.name: _flag(option) for option in fields(Config)}
+    flags["conversation_turns"] = "--conversation-turns"
+    flag = flags.get(name, name)
     is_flag = flag.startswith("--")
     if is_flag and _environment(flag) and not any(map(functools.partial(_is, flag), arguments)):
         flag = _variable(flag)

@@ -1,23 +1,26 @@
 """Consent: what a person is asked before a tool runs, and how the answer is known again.
 
-Pure but for a key and a clock. Used by mcp.
+Pure but for a key and a clock. Used by mcp and the language service.
 """
 
 from __future__ import annotations
 
 import hmac
 import os
+import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from orjson import dumps
 
-from karna.text import one_line
+from karna.text import one_line, utc
 
 CONSENT_S = 300.0  # to decide
 MAX_CONSENTS = 10_000  # used ones, remembered until they would have expired
 MAX_SHOWN_CHARS = 2_000  # of the arguments
+MAX_PROPOSALS = 16  # of one client that wait; the oldest goes
 
 
 class Consents:
@@ -78,3 +81,35 @@ def decision_of(responses: Any) -> str | None:
     content = answer.get("content")
     is_agreed = isinstance(content, dict) and content.get("confirm") is True
     return "accept" if answer["action"] == "accept" and is_agreed else "decline"
+
+
+class _Proposal(NamedTuple):
+    call: Any
+    expires: float  # on the monotonic clock
+
+
+class Proposals:
+    """Calls that wait for a person's word.
+
+    Each is run as it was proposed, once, for the client it was made for, within CONSENT_S. Of who
+    has no client that lasts, the id is all that is known: it cannot be guessed.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: WeakKeyDictionary[Any, dict[str, _Proposal]] = WeakKeyDictionary()
+
+    def add(self, client: Any, call: Any) -> dict[str, str]:
+        """Keep a call: {"proposal": its id, "expires": when}."""
+        waiting = self._waiting.setdefault(self if client is None else client, {})
+        id = secrets.token_urlsafe(16)
+        waiting[id] = _Proposal(call, time.monotonic() + CONSENT_S)
+        while len(waiting) > MAX_PROPOSALS:
+            del waiting[next(iter(waiting))]
+        return {"proposal": id, "expires": utc(time.time() + CONSENT_S)}
+
+    def take(self, client: Any, id: str) -> Any:
+        """The call of this id, which is gone from here; None where there is none, or no more."""
+        proposal = self._waiting.get(self if client is None else client, {}).pop(id, None)
+        if proposal is None or proposal.expires < time.monotonic():
+            return None
+        return proposal.call

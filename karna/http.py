@@ -98,7 +98,6 @@ class Exchange(Door):
                 return self._wait_for(data)
             self.head = parse_head(data[: end + 4])
             self._rest = data[end + 4 :]
-            self.is_last = self.head.is_last
             self._stage = Stage.BODY if self.head.has_body else Stage.ANSWERING
             self.route(self)
         except Exception as exc:
@@ -110,6 +109,7 @@ class Exchange(Door):
         Raises RequestError; answers OPTIONS, and HEAD where GET is wanted.
         """
         head = self.head
+        self.is_last = head.is_last
         allow = "GET, HEAD, OPTIONS" if wanted == "GET" else "POST, OPTIONS"
         if head.method == "OPTIONS":
             handler = self._preflight(allow)
@@ -331,6 +331,8 @@ class Exchange(Door):
     def fail(self, exc: Exception) -> None:
         """Answer with what went wrong: an error envelope; a bug of ours is logged."""
         hub = self.connection.hub
+        if self._stage is Stage.ANSWERING:  # all of the request was read: the next may follow
+            self.is_last = self.head.is_last
         if not isinstance(exc, RequestError):
             hub.log_error(f"{self.connection.name} HTTP request failed", exc)
             return self.answer(500, INTERNAL_ERROR)
@@ -417,6 +419,10 @@ class HttpClient(Client):
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.exchange.answer(200, envelope)
+
+    def join(self, group: str, *, since: str | None = None) -> None:
+        """A client that does not stay hears no broadcasts. Raises ConnectionError."""
+        raise ConnectionError(f"a client of the {self.door} door can't join a group")
 
     async def send(self, type: str, data: Any) -> None:
         """HTTP has one answer, the request's own: nothing is sent."""

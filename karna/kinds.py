@@ -1,7 +1,7 @@
 """Types of arguments: how a word, or a JSON value, becomes what a function's annotation asks for.
 
-A table, three forms that contain others (list, Literal, Union), and every Enum; each kind says in
-JSON Schema which values it takes. Imports nothing of ours; used by command.
+A table, four forms that contain others (list, Literal, Union, Annotated), and every Enum; each kind
+says in JSON Schema which values it takes. Imports nothing of ours; used by command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import types
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 MAX_ITEMS = 10_000  # of a list of converted items, up to 2 microseconds each; `list` has no bound
 MAX_NUMBER_DIGITS = 100  # int() takes quadratic time, and refuses more than 4,300 digits
@@ -29,6 +29,7 @@ class Kind(NamedTuple):
     It raises ValueError with the words that follow the argument's name ("must be ...").
     `schema` admits what `convert` takes from JSON, in the form that is plainest to a caller (a
     number, not also its digits as text); None where JSON has no such value.
+    is_text: it takes the rest of the command line as it was typed.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Kind(NamedTuple):
     nullable: bool = False
     choices: tuple[Any, ...] = ()
     schema: Schema | None = None
+    is_text: bool = False
+
+
+_AS_TYPED = "the rest of the command line, as it was typed"
+Text = Annotated[str, _AS_TYPED]  # of a command's last parameter: no quotes are needed
 
 
 def _exactly(problem: str, *kinds: type) -> Callable[[Any], Any]:
@@ -93,6 +99,7 @@ KINDS: dict[Any, Kind] = {
     list: Kind("list", _exactly("must be a list", list), schema={"type": "array"}),
     dict: Kind("dict", _exactly("must be an object", dict), schema={"type": "object"}),
 }
+TEXT = Kind("text", KINDS[str].convert, schema={"type": "string"}, is_text=True)
 
 
 def kind_of(annotation: Any) -> Kind:
@@ -100,6 +107,8 @@ def kind_of(annotation: Any) -> Kind:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return _kind_of_literal(inner)
+    if origin is Annotated:
+        return TEXT if _AS_TYPED in inner[1:] else kind_of(inner[0])
     if origin in (Union, types.UnionType):
         return _kind_of_union(inner)
     if origin is list:
@@ -222,4 +231,5 @@ def _kind_of_union(members: tuple[Any, ...]) -> Kind:
     choices = tuple(choice for kind in kinds for choice in kind.choices)
     # What JSON can't hold is left out; null is told once, at the end.
     schema = _any_of([kind.schema for kind in kinds], type(None) in members)
-    return Kind("|".join(kind.name for kind in kinds), convert, nullable, choices, schema)
+    is_text = any(kind.is_text for kind in kinds)
+    return Kind("|".join(kind.name for kind in kinds), convert, nullable, choices, schema, is_text)

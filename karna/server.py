@@ -159,6 +159,7 @@ class Server:
         await self._wait_for_peers(1.0)
         await self._monitor.stop()
         cast("asyncio.Task[None]", self._sweep).cancel()
+        await manager.entering.end_all()
         await manager.tasks.end_all()
         await self.listener.wait_closed()
         manager.end()

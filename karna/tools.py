@@ -1,14 +1,16 @@
 """Commands as tools of a model: what a model is told of them, and of what they gave.
 
-Pure: values in, plain objects out. Used by mcp.
+Pure: values in, plain objects out. Used by mcp and choose.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orjson import Fragment
@@ -16,6 +18,7 @@ from orjson import Fragment
 from karna.command import Command
 from karna.envelopes import NOT_JSON, encode_json
 from karna.errors import CommandFailed
+from karna.text import encodable, printable
 
 MAX_NAME_CHARS = 64  # of a tool, as the strictest clients
 MAX_TEXT_CHARS = 100_000  # of a result: some 25,000 tokens, where hosts refuse it
@@ -48,6 +51,51 @@ def describe_tool(name: str, command: Command) -> dict[str, Any]:
     tool["description"] = command.help or f"usage: {command.usage}"
     tool["inputSchema"] = command.input_schema
     return {**tool, "annotations": hints} if hints else tool
+
+
+def line_of(command: Command, arguments: Mapping[str, Any]) -> str:
+    """The command line that calls a tool with these arguments, for a person to read.
+
+    Nothing in it is hidden: what does not print is shown by its code, and no part is left out.
+    """
+    words, named = [command.name], set(arguments)
+    places = [each for each in command.arguments if "option" not in each]
+    while places and places[-1]["name"] not in named:
+        places.pop()
+    for each in command.arguments:
+        if "option" in each and each["name"] in named:
+            words += _option_words(each, arguments[each["name"]])
+    for each in places:
+        words += _place_words(each, arguments.get(each["name"], each.get("default")))
+    extra = named - {each["name"] for each in command.arguments}
+    words += [f"--{name}={_word(arguments[name])}" for name in arguments if name in extra]
+    line = encodable(" ".join(words))
+    return printable(line, len(line))
+
+
+def _option_words(option: Mapping[str, Any], value: Any) -> list[str]:
+    if option["type"] == "bool" and type(value) is bool:
+        label: str = option["option"]
+        return [label if value else f"--no-{label[2:]}"]
+    return [option["option"], _word(value)]
+
+
+def _place_words(place: Mapping[str, Any], value: Any) -> list[str]:
+    if place["type"] == "text" and isinstance(value, str):
+        is_plain = value[:1] not in ("", "'", '"', "-") and value == value.strip()
+        return [value if is_plain and " --" not in value else _quoted(value)]
+    values = value if place.get("repeated") and isinstance(value, list) else [value]
+    return list(map(_word, values))
+
+
+def _quoted(text: str) -> str:
+    """A text as one word in quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _word(value: Any) -> str:
+    """A value as a word; what no word can say, as JSON."""
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
 def content_of(value: Any) -> dict[str, Any]:

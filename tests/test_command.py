@@ -11,7 +11,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 
@@ -23,6 +23,7 @@ from services import (
     CommandFailed,
     CommandProcessor,
     Context,
+    Text,
     Unavailable,
     UsageError,
 )
@@ -876,3 +877,138 @@ def test_built_in_commands_are_tools_only_where_they_say_so() -> None:
     revision = commands.revision
     commands.add(Command(lambda *text: "mine", name="echo"))
     assert commands.commands["echo"].tool is None and commands.revision > revision
+
+
+def texts() -> CommandProcessor:
+    commands = CommandProcessor(builtins=False)
+
+    @commands.command
+    def say(text: Text) -> Any:
+        return text
+
+    @commands.command
+    def remind(minutes: int, text: Text = "tea", *, loud: bool = False, by: str = "bell") -> Any:
+        return minutes, text, loud, by
+
+    @commands.command
+    def maybe(text: Text | None = None, *, by: str = "", **more: str) -> Any:
+        return text, by, more
+
+    return commands
+
+
+TEXT_LINES: list[tuple[str, Any]] = [
+    ("say what's up", "what's up"),
+    ("say it's 5 o'clock", "it's 5 o'clock"),
+    ('say "Hello" she said', '"Hello" she said'),
+    ("say a  b\\ c\n\td", "a  b\\ c\n\td"),
+    ("  say\n what's  up \t ", "what's  up"),
+    ("say\twhat's", "what's"),
+    ("'say' what  is", "what  is"),
+    ("say --level -- 'x", "--level -- 'x"),
+    # One word in quotes is what it was.
+    ("say 'what is up'", "what is up"),
+    ('say "a \\"b\\" \\\\ \'c\'"  ', "a \"b\" \\ 'c'"),
+    ("say ''", ""),
+    ("say 'a' 'b'", "'a' 'b'"),
+    ("say 'a'b", "'a'b"),
+    ("say 'a\\' b'", "'a\\' b'"),
+    # Words and options before it, options behind it.
+    ("remind 5", (5, "tea", False, "bell")),
+    ("remind 5 mum's tea", (5, "mum's tea", False, "bell")),
+    ("remind '5' 'mum is \"here\"'", (5, 'mum is "here"', False, "bell")),
+    ("remind --loud 5 --by 'the bell' mum's", (5, "mum's", True, "the bell")),
+    ("remind --by=x 5 --no-loud don't", (5, "don't", False, "x")),
+    ("remind 5 don't --loud  --by me", (5, "don't", True, "me")),
+    ("remind 5 'a  b' --by=me", (5, "a  b", False, "me")),
+    ("remind 5 a --by me or not", (5, "a --by me or not", False, "bell")),
+    ("remind 5 don't --by 'me'", (5, "don't --by 'me'", False, "bell")),
+    ("remind 5 a --loud=x --nope x --by", (5, "a --loud=x --nope x --by", False, "bell")),
+    ("remind -- 5 --loud it's --loud", (5, "--loud it's --loud", False, "bell")),
+    ("remind 5 -- --loud", (5, "--loud", False, "bell")),
+    ("remind 5 --loud -- 'a b'", (5, "a b", True, "bell")),
+    ("maybe", (None, "", {})),
+    ("maybe --by x --to=y it's", ("it's", "x", {"to": "y"})),
+    ("maybe it's --to=y", ("it's --to=y", "", {})),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), TEXT_LINES)
+def test_free_text_is_taken_as_it_was_typed(line: str, expected: Any) -> None:
+    call = texts().prepare(line)
+    assert call.command.function(*call.args, **call.kwargs) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("say", "TEXT is missing"), ("say  ", "TEXT is missing"), ("remind", "MINUTES is missing"),
+        ("remind it's", "no closing quote"), ("remind --by 'x 5 a", "no closing quote"),
+        ("remind --nope 5 a", "unknown option '--nope'"), ("remind 5 --by", "--by needs a value"),
+        ("remind 5 --by x a --by y", "--by is given twice"),
+        ("remind 5 a --by x --by y", "--by is given twice"), ("remind soon a", "whole number"),
+    ],
+)  # fmt: skip
+def test_wrong_line_with_free_text_is_a_usage_error(line: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        texts().prepare(line)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LINE)
+def test_any_free_text_arrives_but_for_blanks_and_quotes_around_it(text: str) -> None:
+    commands, stripped = texts(), text.strip(" \t\r\n")
+    if not stripped:
+        return
+    (found,) = commands.prepare(f"say {text}").args
+    if stripped[0] in "\"'":
+        with contextlib.suppress(ValueError):
+            words = shlex.split(stripped)
+            assert found in (stripped, *words[:1])
+    else:
+        assert found == stripped
+    assert commands.prepare("say", {"text": text}).args == [text]
+
+
+def test_long_free_text_is_not_split() -> None:
+    commands = texts()
+    for text in ["it's " * 200_000, "--loud " * 150_000, "'a' " * 250_000, '"' + "\\" * 999_999]:
+        began = time.process_time()
+        (found,) = commands.prepare(f"say {text}").args
+        assert found == text.strip()
+        assert commands.prepare(f"remind 5 x {text} x").args == [5, f"x {text} x"]
+        assert time.process_time() - began < 0.1
+    with pytest.raises(UsageError):
+        commands.prepare("remind " + "--by x " * 100_000)
+
+
+def test_free_text_is_told_as_text() -> None:
+    command = texts().commands["remind"]
+    assert command.usage == "remind MINUTES [TEXT]... [--loud] [--by BY]"
+    assert command.arguments[1] == {
+        "name": "text", "type": "text", "required": False, "default": "tea", "repeated": True,
+    }  # fmt: skip
+    assert command.input_schema is not None
+    assert command.input_schema["properties"]["text"] == {"type": "string", "default": "tea"}
+    with pytest.raises(UsageError, match="must be a text"):
+        texts().prepare("say", {"text": ["a"]})
+
+
+def test_free_text_is_what_is_left() -> None:
+    def early(text: Text, more: str) -> None: ...
+    def words(text: Text, *more: str) -> None: ...
+    def many(*text: Text) -> None: ...
+
+    for function in (early, words, many):
+        with pytest.raises(TypeError, match="a Text takes what is left"):
+            Command(function)
+
+
+def test_other_annotations_say_what_they_annotate() -> None:
+    commands = processor()
+
+    def count(number: Annotated[int, "how many"], *, note: Text = "") -> Any: ...
+
+    commands.command(count)
+    call = commands.prepare("count 3 --note 'a b'")
+    assert (call.args, call.kwargs) == ([3], {"note": "a b"})

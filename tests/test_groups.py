@@ -236,8 +236,19 @@ async def test_http_client_can_not_be_asked() -> None:
         assert status == 500 and "can't be asked" in answer["data"]["message"]
 
 
+async def test_http_client_can_not_join_a_group() -> None:
+    manager = Rooms()
+    async with served(manager) as server:
+        status, answer = await http(
+            server, "POST", "/rpc", {"jsonrpc": "2.0", "method": "join", "params": ["a"], "id": 1}
+        )
+        assert (status, answer["error"]["data"]["code"]) == (200, "command_failed")
+        assert "can't join a group" in answer["error"]["message"]
+        assert not manager.groups and manager.broadcast("news", 1, to="a") == 0
+
+
 async def test_questions_to_one_client_are_bounded() -> None:
-    async with served(WebSocketManager()) as server, Raw.open(server):
+    async with served(WebSocketManager()) as server, Raw.open(server, max_queue=None):
         (client,) = server.manager.all_clients()
         asked = [asyncio.create_task(client.call("q")) for _ in range(256)]
         await asyncio.sleep(0)

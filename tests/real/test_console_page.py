@@ -19,7 +19,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from karna_ws import WebSocketManager, serving
-from services import CommandProcessor, Service
+from services import CommandProcessor, Context, Service
 from support import DEADLINE_S, ROOT, needs
 from support_clients import Wire, Host, make_png
 
@@ -249,6 +249,10 @@ async def post_json(port: int, path: str, body: Any) -> tuple[int, Any]:
 async def test_page_runs_commands_and_shows_their_results(chromium: str) -> None:
     async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
         await page.until_open()
+        await page.click("button", "time")  # one that is offered to try
+        assert await page.evaluate("$('line').value") == "time"
+        await page.press("Enter")
+        await page.until_entry("time", "done")
         await page.run("echo hello <b>world</b>")
         assert "hello <b>world</b>" in await page.until_entry("echo hello <b>world</b>", "done")
         await page.run("help")
@@ -579,7 +583,7 @@ async def test_transcript_survives_reload_and_can_be_copied_and_cleared(chromium
 async def test_page_opens_whatever_is_in_its_storage(chromium: str, stored: str) -> None:
     async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
         await page.until_open()
-        await page.evaluate("removeEventListener('pagehide', saveTranscript)")
+        await page.evaluate("keep = () => {}")  # or it would be put right when the page goes
         await page.evaluate(f"sessionStorage.setItem('karna-transcript', {json.dumps(stored)})")
         await page.load()
         await page.until_open()
@@ -670,6 +674,23 @@ async def test_question_of_server_is_shown_and_answered(chromium: str) -> None:
         assert page.problems == []
 
 
+async def test_command_asks_the_page_that_ran_it(chromium: str) -> None:
+    host = Host()
+
+    @host.commands.command
+    async def unlock(context: Context) -> str:
+        return "open" if await context.client.call("confirm", "Unlock it?") else "shut"
+
+    async with serving(host.manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        for word, result in (("Yes", "open"), ("No", "shut")):
+            await page.run("unlock")
+            await page.until("document.querySelector('[data-state=asking]')")
+            await page.click("button", word)
+            assert result in await page.until_entry("unlock", "done")
+        assert page.problems == []
+
+
 async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
     chromium: str,
 ) -> None:
@@ -686,6 +707,8 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         await page.until_open()
         await page.evaluate("for (let n = 0; n < 40; n++) run(`echo ${n}`)")
         await page.until_entry("echo 39", "done")
+        # In a frame of its own: the page has followed the last answer by then.
+        await page.evaluate("new Promise(requestAnimationFrame)")
         await page.evaluate("$('transcript').scrollTop = 0")
         manager.ask(1, "confirm", "Go on?")
         await page.until("document.querySelector('[data-state=asking]')")
@@ -694,6 +717,11 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         await page.evaluate("for (let n = 0; n < 40; n++) run(`echo again ${n}`)")
         await page.until_entry("echo again 39", "done")
         assert await page.evaluate(in_view)
+        end = "Math.abs(box.scrollHeight - box.clientHeight - box.scrollTop) < 2"
+        manager.ask(2, "confirm", "And further?")  # who reads at the end stays there
+        at_end = f"new Promise(requestAnimationFrame).then(() => {{ const box = $('transcript'); return {end}; }})"
+        await page.until("document.querySelectorAll('[data-state=asking]').length === 2")
+        assert await page.evaluate(at_end)
         wire.cut()
         text = await page.until_entry("Go on?", "lost")
         assert "before this was answered" in text
@@ -701,6 +729,9 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         wire.mend()
         await page.until_reopened()
         assert manager.answers.empty()
+
+
+CONFIRM = r"Confirm unlock <i>\u{202e}"  # what would turn the text around is shown as it is written
 
 
 def add_deciding(commands: CommandProcessor) -> list[str]:
@@ -716,7 +747,11 @@ def add_deciding(commands: CommandProcessor) -> list[str]:
         for step in steps:
             yield step
         words = {"text": f"Done: {' '.join(text)}.", "steps": steps, "model": "tiny"}
-        proposal = {"proposal": "k3jf", "command": "unlock <i>", "expires": "2099-01-01T00:00:00Z"}
+        proposal = {
+            "proposal": "k3jf",
+            "command": "unlock <i>\u202e",
+            "expires": "2099-01-01T00:00:00Z",
+        }
         yield words | (proposal if "door" in text else {})
 
     @commands.command
@@ -761,18 +796,19 @@ async def test_sentence_is_offered_to_the_model_whose_steps_and_proposal_are_sho
             "light kitchen --on",
             "light hall --off",
         ]
-        assert "unlock <i>" in text and "until" in text and not confirmed
+        assert "unlock <i>\\u{202e}" in text and "until" in text and not confirmed
         await page.screenshot("proposal.png")
 
         wire.cut()
         await page.until("document.body.hasAttribute('data-away')")
-        await page.click("button", "Confirm unlock <i>")
+        await page.click("button", CONFIRM)
         await page.until("$('usage').innerText.startsWith('Not sent')")
+        assert not await page.evaluate("document.querySelector('.card button').disabled")
         wire.mend()
         await page.until_reopened()
         await page.load()
         await page.until_open()
-        await page.click("button", "Confirm unlock <i>")  # it survives a reload
+        await page.click("button", CONFIRM)  # it survives a reload
         assert "unlocked" in await page.until_entry("confirm k3jf", "done")
         assert confirmed == ["k3jf"]
         assert await page.evaluate("document.querySelector('.card button').disabled")
@@ -915,6 +951,8 @@ async def test_prompt_stays_in_view_on_a_small_screen(chromium: str) -> None:
             for place in ("0", "document.body.scrollHeight / 2", "document.body.scrollHeight"):
                 await page.evaluate(f"scrollTo(0, {place})")
                 assert await page.evaluate(in_view), (height, place)
+        await page.evaluate("$('elsewhere').open = true")
+        await page.evaluate("scrollTo(0, document.body.scrollHeight)")
         await page.run("echo seen")  # from the page's end: its answer is brought into view
         await page.until_entry("echo seen", "done")
         answer = "[...document.querySelectorAll('.entry')].at(-1).getBoundingClientRect()"
