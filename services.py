@@ -12,18 +12,18 @@ and gives back plain values. What it stands on is in `karna/`; nothing happens a
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import functools
 import inspect
-import os
 import time
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, overload
 
 from karna.command import Call, Command
+from karna.consent import Proposals
 from karna.context import Context
+from karna.conversation import Conversations, lasting
 from karna.errors import (
     Cancelled,
     CommandFailed,
@@ -33,17 +33,21 @@ from karna.errors import (
     UnknownCommand,
     UsageError,
 )
+from karna.kinds import Text
+from karna.log import LogGate, log
+from karna.model_service import ModelService
 from karna.service import Service
 from karna.text import one_line, utc_now
 from karna.words import SHORT_LINE_CHARS, Ranking, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
-    from karna.models import ModelServer, Report
+    from karna.answers import Answer
+    from karna.models import ModelServer
 
 __all__ = [
     "Command", "CommandFailed", "CommandProcessor", "Context", "LanguageService", "Service",
-    "Unavailable", "UsageError", "VisionService",
+    "Text", "Unavailable", "UsageError", "VisionService",
 ]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -84,11 +88,13 @@ class CommandProcessor(Service):
     ) -> None:
         super().__init__("command")
         self.commands: dict[str, Command] = {}  # by name and by alias
+        self.revision = 0  # of `commands`: who keeps what it made of them compares it
         self.timeout_s = timeout_s
         self.running = self.done = self.failed = 0
         self._threads = ThreadPool(max_threads, "karna-command")
         self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
+        self.log_gate = LogGate()  # or the one that all share
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
         self._ranking: Ranking[Command] | None = None  # made when it is asked
@@ -101,8 +107,10 @@ class CommandProcessor(Service):
 
     @overload
     def command(
-        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False
-    ) -> Callable[[Function], Function]: ...
+        self, *, name: str | None = None, aliases: Sequence[str] = (), inline: bool = False,
+        tool: bool | None = None, confirm: bool = False,
+        read_only: bool | None = None, destructive: bool | None = None,
+    ) -> Callable[[Function], Function]: ...  # fmt: skip
 
     def command(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Decorator, with or without parentheses, that makes a function a command."""
@@ -121,13 +129,18 @@ class CommandProcessor(Service):
         for name in command.names:
             self.commands[name] = command
             self._replaceable.discard(name)
+        self.revision += 1
         self.prepared.clear()
         self._ranking = None
         self.touch()
 
     def offer(self, command: Command) -> None:
-        """Register a built-in command: one of the program, sooner or later, takes its place."""
+        """Register a built-in command: one of the program, sooner or later, takes its place.
+
+        It is a tool of assistants only if it says so.
+        """
         if command.name not in self.commands:
+            command.tool = bool(command.tool)
             self.add(command)
             self._replaceable.update(command.names)
 
@@ -158,13 +171,18 @@ class CommandProcessor(Service):
         if is_short and line.isprintable() and not ("\\" in line or '"' in line or "'" in line):
             words = line.split()
         else:
-            words = split_words(line)
+            words = line.split(None, 1)[:1]
+            found = self.commands.get(words[0]) if words else None
+            if found is None or not found.takes_text:
+                words = split_words(line)
         if not words:
             raise UsageError("the command line is empty", usage="COMMAND [ARGUMENT]...")
         name = words.pop(0)
         command = self.commands.get(name)
         if command is None:
             raise self.unknown(name)
+        if command.takes_text:
+            words = command.split_text(line)
         call = Call(command, *command.bind(words, params))
         if command.inline and not params and len(line) <= MAX_PREPARED_CHARS:
             # Clients say the same again; an inline call has no Context and may run many times.
@@ -172,6 +190,16 @@ class CommandProcessor(Service):
                 self.prepared.clear()
             self.prepared[line] = call
         return call
+
+    def prepare_inline(self, line: str) -> Call | None:
+        """`prepare`, for a line of an inline command without a fault; None for any other."""
+        command = self.commands.get(line.partition(" ")[0])
+        if command is None or not command.inline:
+            return None
+        try:
+            return self.prepare(line)
+        except UsageError:
+            return None
 
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
@@ -201,7 +229,7 @@ class CommandProcessor(Service):
         except BaseException as error:
             self.failed += 1
             self.touch()
-            raise failure_of(call.command.name, error) from None
+            raise self._failure_of(call.command, error) from None
         self.done += 1  # without touch(): who keeps a status compares `done`, which is cheaper
         return value
 
@@ -240,7 +268,10 @@ class CommandProcessor(Service):
             return Cancelled("cancelled")
         if isinstance(job.error, asyncio.CancelledError) and self.state == "stopped":
             return Unavailable("the server is stopping")
-        return failure_of(command.name, job.error)
+        return self._failure_of(command, job.error)
+
+    def _failure_of(self, command: Command, error: BaseException) -> RequestError:
+        return failure_of(command.title, error, self.log_gate, command.expected)
 
     async def run(self, call: Call, context: Context) -> Any:
         """`start_call`, and wait: its result, or its error raised. Cancelled with this."""
@@ -285,11 +316,17 @@ class CommandProcessor(Service):
         counts = {"running": self.running, "done": self.done, "failed": self.failed}
         return super().get_status() | counts | {"commands": len(set(self.commands.values()))}
 
-    def allow_program(self, name: str, path: str | None = None) -> None:
-        """Make a program of this machine a command; ValueError when there is no such program."""
+    def allow_program(self, name: str, path: str | None = None, *, confirm: bool = True) -> None:
+        """Make a program of this machine a command; ValueError when there is no such program.
+
+        confirm: no model runs it before a person has agreed.
+        """
         from karna.programs import program_command  # few allow any
 
-        self.add(program_command(name, path))
+        command = program_command(name, path, confirm=confirm)
+        if command.name in self._replaceable:
+            log.warning("the program %s takes the place of the built-in command", command.name)
+        self.add(command)
 
 
 async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
@@ -304,65 +341,6 @@ async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
 # ---- vision and language ---------------------------------------------------------------------
 
 
-class ModelService(Service):
-    """A service with an embedded default and, when a URL is given, a model server."""
-
-    kind: ClassVar[str]
-    embedded: ClassVar[str]  # the detail without a model server
-
-    def __init__(
-        self,
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        key: str | None = None,
-        timeout_s: float = 30.0,
-    ) -> None:
-        super().__init__(self.kind)
-        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
-        key = key or next(filter(None, map(os.environ.get, variables)), None)
-        self._model: str | None = model or None
-        self.server: ModelServer | None = None
-        if url:
-            from karna.models import ModelServer  # with http.client; most start without
-
-            key = key and key.strip()
-            self.server = ModelServer(url, model=self._model, key=key, timeout_s=timeout_s)
-
-    async def start(self) -> None:
-        if self.server is None:
-            self.set_state("running", self.embedded)
-
-    async def check(self) -> None:
-        """Ask the model server for its models; raises Unavailable and is degraded without."""
-        if self.server is not None:
-            await self._find_model(self.server)
-
-    async def _find_model(self, server: ModelServer) -> str:
-        with self._showing(server):
-            self._model = await server.find_model()
-            return self._model
-
-    async def chat(
-        self, server: ModelServer, content: Any, report: Report | None = None
-    ) -> dict[str, Any]:
-        """Let the model answer one message: {"text", "model"}; the state follows how it went."""
-        model = self._model or await self._find_model(server)
-        with self._showing(server):
-            text = await server.chat(model, content, report)
-        return {"text": text, "model": model}
-
-    @contextlib.contextmanager
-    def _showing(self, server: ModelServer) -> Iterator[None]:
-        """Set the state that an exchange with the server shows."""
-        try:
-            yield
-        except Unavailable as error:
-            self.set_state("degraded", str(error))
-            raise
-        self.set_state("running", f"model {one_line(self._model or '', 100)} at {server.host}")
-
-
 class VisionService(ModelService):
     """Describes images: format and size from their headers, in words from a model server."""
 
@@ -372,7 +350,7 @@ class VisionService(ModelService):
     def register(self, commands: CommandProcessor) -> None:
         """Offer the command `describe`."""
 
-        async def describe(*question: str | None, image: bytes | str | None = None) -> Any:
+        async def describe(question: Text = "", *, image: bytes | str | None = None) -> Any:
             """Describe an image: a PNG, JPEG, GIF, WebP or BMP.
 
             The image is given as params.image: base64, a data URL, or bytes.
@@ -380,9 +358,9 @@ class VisionService(ModelService):
             """
             if not image:
                 raise command.usage_error("params.image is missing: base64, a data URL or bytes")
-            return await self.describe(image, " ".join(map(str, question)))
+            return await self.describe(image, question)
 
-        command = Command(describe)
+        command = Command(describe, tool=True, read_only=True)
         commands.offer(command)
 
     async def describe(self, image: bytes | str, question: str = "") -> dict[str, Any]:
@@ -390,42 +368,75 @@ class VisionService(ModelService):
 
         Raises CommandFailed for what is no image, Unavailable when the model server is away.
         """
-        from karna.images import decode_image, read_image_header  # when the first one comes
+        from karna.images import decode_image, image_url, read_image_header  # with the first
 
         data = decode_image(image)
         facts = read_image_header(data)
         if self.server is None:
             return {**facts, "embedded": True}
-        url = f"data:image/{facts['format']};base64,{base64.b64encode(data).decode()}"
+        url = image_url(data)
         text = {"type": "text", "text": question or "Describe this image."}
         content = [text, {"type": "image_url", "image_url": {"url": url}}]
-        return {**facts, **await self.chat(self.server, content)}
+        answer, model = await self.chat(self.server, [{"role": "user", "content": content}])
+        return {**facts, "text": answer.text, "model": model}
 
 
 MAX_MATCHES = 5  # of `interpret`: what a person looks at
 
 
 class LanguageService(ModelService):
-    """Maps free text to commands, and passes prompts to a model server."""
+    """Maps free text to commands; a model server answers prompts and chooses commands.
+
+    conversation_turns: how many of each client's last turns the model is told again.
+    """
 
     kind = "language"
     embedded = "embedded: matches text with commands"
     _commands: CommandProcessor | None = None
 
+    def __init__(self, *, conversation_turns: int = 8, **options: Any) -> None:
+        super().__init__(**options)
+        self.keep_turns(conversation_turns)
+        self.proposals = Proposals()
+
+    def keep_turns(self, conversation_turns: int) -> None:
+        """Tell the model so many turns again, from now on; 0: none. Raises ValueError."""
+        if conversation_turns < 0:
+            raise ValueError(f"conversation_turns must be 0 or more, not {conversation_turns}")
+        self.conversations = Conversations(conversation_turns)
+
     def register(self, commands: CommandProcessor) -> None:
-        """Offer the commands `interpret` and `ask`."""
+        """Offer the commands `interpret`, `ask`, `do`, `confirm` and `reset`."""
         self._commands = commands
 
-        def interpret(*text: str) -> dict[str, Any]:
+        def interpret(text: Text) -> dict[str, Any]:
             """Tell which commands a free text is nearest to."""
-            return self.interpret(" ".join(text))
+            return self.interpret(text)
 
-        async def ask(context: Context, *prompt: str) -> dict[str, Any]:
+        async def ask(context: Context, prompt: Text) -> dict[str, Any]:
             """Ask the language model; reports its tokens as they come."""
-            return await self.ask(" ".join(prompt), context)
+            return await self.ask(prompt, context)
+
+        async def do(
+            context: Context, text: Text, *, image: bytes | str | None = None
+        ) -> dict[str, Any]:
+            """Let the language model run the commands that a text asks for; reports each step.
+
+            What must not run unasked is proposed: `confirm` runs it.
+            """
+            return await self.do(text, context, image or None)
+
+        async def confirm(context: Context, id: str) -> Any:
+            """Run what `do` has proposed."""
+            return await self.confirm(id, context)
+
+        async def reset(context: Context) -> dict[str, int]:
+            """Forget what was said to the language model."""
+            return {"forgotten": self.conversations.forget(context.client)}
 
         commands.offer(Command(interpret, inline=True))
-        commands.offer(Command(ask))
+        for function in (ask, do, confirm, reset):
+            commands.offer(Command(function))
 
     def interpret(self, text: str) -> dict[str, Any]:
         """{"text", "matches": [{"command", "usage", "score"}]}, at most five, the best first."""
@@ -436,12 +447,59 @@ class LanguageService(ModelService):
         ]
         return {"text": text, "matches": matches}
 
-    async def ask(self, prompt: str, context: Context) -> dict[str, Any]:
-        """{"text", "model"}; each token is reported as {"token"}. Raises Unavailable."""
+    def _needed_server(self) -> ModelServer:
         if self.server is None:
             way = "--language-url URL (or KARNA_LANGUAGE_URL), such as http://localhost:11434"
             raise Unavailable(f"no language model: start the server with {way}")
-        return await self.chat(self.server, prompt, context.report)
+        return self.server
+
+    async def ask(self, prompt: str, context: Context) -> dict[str, Any]:
+        """{"text", "model"}; each token is reported as {"token"}. Raises Unavailable."""
+        before = self.conversations.messages(context.client)
+        messages = [*before, {"role": "user", "content": prompt}]
+        answer, model = await self.chat(
+            self._needed_server(), messages, context.report, owner=context.owner
+        )
+        self.conversations.add(context.client, prompt, answer.text)
+        return {"text": answer.text, "model": model}
+
+    async def do(
+        self, text: str, context: Context, image: bytes | str | None = None
+    ) -> dict[str, Any]:
+        """Let the model choose commands and run them: {"text", "steps", "model"}.
+
+        Each step is reported as {"step", "command", "result"}, or "error" for its result. What
+        needs consent is not run: the result has {"proposal", "command", "expires"}, too.
+        """
+        from karna.choose import Steps  # with the first, as images
+        from karna.images import image_url
+
+        server, model = self._needed_server(), ""
+
+        async def ask(messages: list[Any], tools: list[Any], may_choose: bool) -> Answer:
+            nonlocal model
+            options = {"tools": tools, "may_choose": may_choose, "owner": context.owner}
+            answer, model = await self.chat(server, messages, **options)
+            return answer
+
+        assert self._commands is not None, "registered"
+        steps = Steps(self._commands, context, None if image is None else image_url(image))
+        last = await steps.run(text, self.conversations.messages(context.client), ask)
+        result = {"text": last, "steps": steps.done, "model": model}
+        if steps.proposed is not None:
+            call, line = steps.proposed
+            result |= self.proposals.add(lasting(context.client), call) | {"command": line}
+            last = last or f"(proposed: {line})"
+        self.conversations.add(context.client, text, last)
+        return result
+
+    async def confirm(self, id: str, context: Context) -> Any:
+        """Run what was proposed to this client under an id, once: its result."""
+        call = self.proposals.take(lasting(context.client), id)
+        if call is None or self._commands is None:
+            raise CommandFailed("nothing is proposed to you under this id: it was run, or expired")
+        inner = Context(context.client, context.progress, owner=context.owner)
+        return await self._commands.run(call, inner)
 
 
 # ---- built-in commands -----------------------------------------------------------------------
@@ -461,7 +519,7 @@ def add_builtins(commands: CommandProcessor) -> None:
 
     commands.offer(Command(help_, name="help", inline=True))
     commands.offer(Command(echo, inline=True))
-    commands.offer(Command(tell_time, name="time", inline=True))
+    commands.offer(Command(tell_time, name="time", inline=True, tool=True, read_only=True))
     commands.offer(Command(countdown))
 
 
@@ -510,12 +568,14 @@ def notification(message: Any, level: Any = "info") -> dict[str, str]:
 def notify_command(broadcaster: Broadcaster) -> Command:
     """The command `notify`; where it is not inline it waits for the backplane."""
 
-    def notify(*message: str, level: Level = "info") -> dict[str, int] | Awaitable[dict[str, int]]:
+    def notify(
+        message: Text, *, level: Level = "info"
+    ) -> dict[str, int] | Awaitable[dict[str, int]]:
         """Send a notification to every client.
 
-        The message is put together from all words.
+        message: what people read
         """
-        data = notification(" ".join(message), level)
+        data = notification(message, level)
         if command.inline:
             return {"clients": broadcaster.broadcast("notification", data)}
         return published(data)
@@ -523,7 +583,7 @@ def notify_command(broadcaster: Broadcaster) -> Command:
     async def published(data: dict[str, str]) -> dict[str, int]:
         return {"clients": await broadcaster.publish("notification", data)}
 
-    command = Command(notify, inline=True)
+    command = Command(notify, inline=True, tool=True, destructive=False)
     return command
 
 

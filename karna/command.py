@@ -7,16 +7,20 @@ programs, and whoever calls a function of the program with a client's values.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, get_args
 
+from orjson import dumps, loads
+
 from karna.context import Context
-from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, kind_of
-from karna.words import stems_of
+from karna.errors import CommandFailed, UsageError
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
+from karna.words import MAX_WORDS, cut_word, skip_blanks, stems_of, unquoted
 
 _REQUIRED: Any = inspect.Parameter.empty
 Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of a function
@@ -57,20 +61,53 @@ class Parameter:
             text = f"{self.label} {text}"
         if not self.is_required:
             text = f"[{text}]"
-        return text + "..." if self.is_repeated else text
+        return text + "..." if self.is_repeated or self.is_text else text
+
+    @property
+    def is_text(self) -> bool:
+        """Does it take the rest of the line?"""
+        return self.kind.is_text and not self.is_option
 
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
         shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
-        if isinstance(self.default, str | int | float | None):
-            shown["default"] = self.default
+        if isinstance(self.told_default, str | int | float | None):
+            shown["default"] = self.told_default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
-        if self.is_repeated:
+        if self.is_repeated or self.is_text:
             shown["repeated"] = True
         if self.is_option:
             shown["option"] = self.label
         return shown
+
+    def schema(self, description: str) -> Schema | None:
+        """As JSON Schema tells it; None where JSON has no such value."""
+        if self.kind.schema is None:
+            return None
+        if self.is_repeated:
+            schema: Schema = {"type": "array", "items": without_null(self.kind.schema)}
+            schema |= {"minItems": 1} if self.is_required else {}
+        else:
+            default = {"default": self.told_default} if self._has_default else {}
+            schema = self.kind.schema | default
+        return schema | ({"description": description} if description else {})
+
+    @property
+    def told_default(self) -> Any:
+        """The default as a caller would give it."""
+        return word_of(self.default) if isinstance(self.default, Enum) else self.default
+
+    @property
+    def _has_default(self) -> bool:
+        """Is there a default that JSON can hold?"""
+        if self.default is None:
+            return self.kind.nullable
+        try:
+            told = self.told_default
+            return bool(loads(dumps(told)) == told)  # nan becomes null
+        except TypeError:
+            return False
 
     def convert(self, value: Any) -> Any:
         """Convert one word or JSON value; ValueError with a sentence for the caller."""
@@ -88,9 +125,14 @@ class Command:
 
     Positional parameters become words, keyword-only ones options (`--name VALUE`, `--name=VALUE`,
     `--flag`, `--no-flag`), and `*words` takes one word or more; none will do when its type allows
-    None, as `*words: str | None` or no annotation does. Every parameter can be given by name in
-    `params` instead. `inline` marks a plain function that never blocks and may be called at once,
-    on the loop, without a task; functions with `yield` are `async def`.
+    None, as `*words: str | None` or no annotation does. A last one annotated `Text` takes the rest
+    of the line as it was typed. Every parameter can be given by name in `params` instead. `inline`
+    marks a plain function that never blocks and may be called at once, on the loop, without a
+    task; functions with `yield` are `async def`.
+
+    For assistants: `tool` says whether it is one of their tools (None: a program's commands are,
+    built-in ones are not), `confirm` that a person has to agree to each call, `read_only` and
+    `destructive` what a call does, as a hint.
     Raises TypeError or ValueError, at registration, for what no command line could call.
     """
 
@@ -101,13 +143,19 @@ class Command:
         name: str | None = None,
         aliases: Sequence[str] = (),
         inline: bool = False,
+        tool: bool | None = None,
+        confirm: bool = False,
+        read_only: bool | None = None,
+        destructive: bool | None = None,
     ) -> None:
         if not callable(function):
-            raise TypeError(f"a command is made from a function, not from {function!r}")
+            hint = f"; its name goes into name={function!r}" if isinstance(function, str) else ""
+            raise TypeError(f"a command is made from a function, not from {function!r}{hint}")
         self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name = name or name_of(function)
         self.aliases = tuple(aliases)
         self.names = (self.name, *self.aliases)
+        self.title = f"command {self.name}"  # in logs
         for each in self.names:
             if not re.fullmatch(r"[^\s\"'\\]+", each) or not each.isprintable():
                 raise ValueError(f"a command's name is one word without quotes, not {each!r}")
@@ -115,6 +163,11 @@ class Command:
         self.summary = self.help.partition("\n")[0]
         self.stems = stems_of(self.help)
         self.inline = inline
+        self.tool = tool
+        self.confirm = confirm
+        self.read_only = read_only
+        self.destructive = destructive
+        self.expected: tuple[type[Exception], ...] = ()  # that it raises to say no: no bugs
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
@@ -153,11 +206,16 @@ class Command:
             else:
                 self._read_parameter(declared)
         options = [each for each in self._by_name.values() if each.is_option]
+        self._options = {each.name for each in options}
         flags = [each for each in options if each.is_flag]
         self._flags = {"no_" + each.name: (each, False) for each in flags}
         self._flags |= {each.name: (each, True) for each in flags}
         self._has_options = bool(options) or self._extra is not None
         self._required = [each for each in self._by_name.values() if each.is_required]
+        self.takes_text = any(each.is_text for each in self._words)
+        before = self._words if self._repeated is not None else self._words[:-1]
+        if any(each.is_text for each in before) or (self._repeated and self._repeated.is_text):
+            raise TypeError(f"command {self.name}: a Text takes what is left, nothing can follow")
         # The two commonest shapes are bound without a loop: only words, and nothing at all.
         any_words = self._repeated is not None and self._repeated.kind in (KINDS[str], ANY)
         self._only_words = any_words and not self._words and not self._has_options
@@ -192,8 +250,76 @@ class Command:
         return {"name": self.name, "usage": self.usage, "summary": self.summary,
                 "aliases": list(self.aliases), "arguments": self.arguments}  # fmt: skip
 
+    @functools.cached_property
+    def input_schema(self) -> Schema | None:
+        """What `bind` takes by name, as JSON Schema; None where JSON can't hold what it needs.
+
+        The top is always an object with properties: one tool without makes clients drop all.
+        """
+        described = _describe_parameters(self.help)
+        found = {name: each.schema(described.get(name, "")) for name, each in self._by_name.items()}
+        required = [each.name for each in self._required]
+        if any(found[name] is None for name in required):
+            return None
+        properties = {name: schema for name, schema in found.items() if schema is not None}
+        further = False if self._extra is None else self._extra.kind.schema
+        schema: Schema = {"type": "object", "properties": properties}
+        schema |= {"required": required} if required else {}
+        return schema | {"additionalProperties": True if further == {} else further or False}
+
     def usage_error(self, problem: str) -> UsageError:
         return UsageError(f"{problem}; usage: {self.usage}", usage=self.usage)
+
+    def split_text(self, line: str) -> list[str]:
+        """The words of a line whose last one is free text, as `bind` takes them.
+
+        Options stand before the text, or at its end where they are written without quotes; after
+        a `--` all is text. A text that is one word in quotes goes without these. What is long is
+        never split. Raises UsageError for a quote that is not closed before the text.
+        """
+        _, at = cut_word(line, skip_blanks(line, 0))
+        words: list[str] = []
+        places = len(self._words) - 1  # before the text
+        while at < len(line) and len(words) < MAX_WORDS:
+            is_option = self._has_options and line.startswith("--", at) and "--" not in words
+            if not (is_option or places):
+                break
+            word, at = cut_word(line, at)
+            words.append(word)
+            if not is_option:
+                places -= 1
+            elif self._lacks_value(word) and at < len(line):
+                word, at = cut_word(line, at)
+                words.append(word)
+        text = line[at:].rstrip(" \t\r\n")
+        if text and self._has_options and "--" not in words:
+            text, options = self._cut_options(text)
+            words += [*options, "--"]
+        return [*words, unquoted(text)] if text else words
+
+    def _lacks_value(self, word: str) -> bool:
+        """Is it an option whose value is the next word?"""
+        return "=" not in word and word != "--" and word[2:].replace("-", "_") not in self._flags
+
+    def _cut_options(self, text: str) -> tuple[str, list[str]]:
+        """A text without the options at its end; those."""
+        found: list[str] = []
+        for _ in self._options:
+            for count in (1, 2):
+                head, *tail = ["", *text.rsplit(None, count)][-count - 1 :]
+                if head and self._is_option(tail):
+                    text, found = head, tail + found
+                    break
+        return text, found
+
+    def _is_option(self, words: list[str]) -> bool:
+        """Is this an option of ours with all that it needs?"""
+        label = words[0].partition("=")[0]
+        name = label[2:].replace("-", "_")
+        if not label.startswith("--") or any(mark in "".join(words) for mark in "\"'\\"):
+            return False
+        is_known = name in self._options or (name in self._flags and label == words[0])
+        return is_known and self._lacks_value(words[0]) == (len(words) == 2)
 
     def bind(self, words: Sequence[str], params: Mapping[str, Any]) -> Bound:
         """Convert words and named parameters to the function's arguments; raises UsageError.
@@ -288,6 +414,14 @@ class Command:
         return args, given  # what is left are options
 
 
+def _describe_parameters(text: str) -> dict[str, str]:
+    """What a docstring says of each parameter, in lines such as 'city: where to look'."""
+    return {match[1]: match[2] for match in _PARAMETER_LINE.finditer(text)}
+
+
+_PARAMETER_LINE = re.compile(r"^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$", re.MULTILINE)
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """A command with its arguments, ready to run once."""
@@ -297,16 +431,67 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def as_handler(function: Callable[..., Any], inline: bool) -> Command:
-    """An event handler in a Command's clothes: called with the values as they are."""
+def decorator(register: Callable[[str, Any], None], given: Any) -> Any:
+    """A decorator that registers functions, used bare or called with a name or without one.
 
-    async def call_async(*args: Any) -> Any:
-        return await function(*args)
+    given: the function, the name, or None. The name is by default the function's own.
+    """
+
+    def decorate(function: Any) -> Any:
+        register(given if isinstance(given, str) else name_of(function), function)
+        return function
+
+    if given is None or isinstance(given, str):
+        return decorate
+    if not callable(given):
+        raise TypeError(f"a name is a text, not {given!r}")
+    return decorate(given)
+
+
+def name_of(function: Any) -> str:
+    """The name that a function, or another thing to be called, was given where it was made."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+# What handlers are called with: of any other event with the client and the event's own values.
+LIFE_EVENTS = {"connect": ("client", "auth"), "disconnect": ("client", "reason")}
+
+
+def as_handler(function: Callable[..., Any], inline: bool, event: str = "") -> Command:
+    """An event handler in a Command's clothes: called with the values as they are.
+
+    Raises TypeError for one that could not be called with them.
+    """
 
     def call(*args: Any) -> Any:
-        return function(*args)
+        try:
+            return function(*args)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise
+            # It was not even entered: the client sent more values, or fewer, than it takes.
+            raise CommandFailed(str(error)) from None
 
+    async def call_async(*args: Any) -> Any:
+        return await call(*args)
+
+    _check_handler(function, event)
     is_async = inspect.iscoroutinefunction(function)
     command = Command(call_async if is_async else call, name="handler", inline=inline)
-    command.is_handler = True
+    command.is_handler, command.title = True, f"handler of {event!r}"
+    command.expected = (PermissionError,) if event == "connect" else ()
     return command
+
+
+def _check_handler(function: Callable[..., Any], event: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some written in C tell none
+        return
+    values = LIFE_EVENTS.get(event)
+    bind = signature.bind if values else signature.bind_partial
+    try:
+        bind(*(values or ("client",)))
+    except TypeError:
+        wanted = ", ".join(values or ("client", "*args"))
+        raise TypeError(f"a handler of {event!r} takes ({wanted}), not {signature}") from None

@@ -22,9 +22,7 @@ Touches the hub it belongs to and the door it has; used by the doors and by the 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Iterable
 from time import perf_counter
 from typing import Any, cast
 
@@ -47,6 +45,7 @@ from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
 from karna.reader import FLUSH_BYTES, EpollReader
 from karna.sender import Sender
+from karna.trace import closed, opened
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
@@ -103,6 +102,8 @@ class Connection(Sender):
             self.fd = transport.get_extra_info("socket").fileno()
             self.transport.set_write_buffer_limits(0)
         self.hub.adopt(self)
+        if self.hub.traces:
+            opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.hub.bytes_in += len(data)
@@ -130,6 +131,8 @@ class Connection(Sender):
         self._holds = HOLD_CLOSED
         self._tail = self._parts = None
         self.hub.release(self)
+        if self.hub.traces:
+            closed(self)
         self._wake_writers()
 
     def pause_writing(self) -> None:
@@ -506,23 +509,3 @@ class Connection(Sender):
         tail, self._tail = self._tail, None
         if tail:
             self._read_late(bytes(tail))
-
-
-def write_all(connections: Iterable[Connection], frames: bytes) -> None:
-    """Write the same frames to each connection, without waiting for any."""
-    write, size, written, hub = os.write, len(frames), 0, None
-    for connection in connections:
-        hub = connection.hub
-        if connection._holds or connection.is_queueing:
-            connection.send_frame(frames, is_delivery=True)
-            continue
-        written += 1
-        try:
-            sent = write(connection.fd, frames)  # as Connection.write, without the call
-        except OSError:  # it takes nothing now, is gone, or its transport has to write
-            connection.write(frames)
-        else:
-            if sent < size:
-                connection.transport.write(memoryview(frames)[sent:])
-    if hub is not None:
-        hub.bytes_out += size * written  # those of the others count when they leave

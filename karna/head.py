@@ -74,7 +74,7 @@ def parse_head(head: bytes) -> Head:
         raise InvalidRequest("malformed HTTP head")
     headers, repeated = _merge_headers(lines[1:-2])
     target = match["target"].decode()
-    absolute = _ABSOLUTE.match(target)
+    absolute = None if target.startswith("/") else _ABSOLUTE.match(target)
     if absolute is not None:  # its authority takes the place of Host (RFC 9112, 3.2.2)
         headers["host"], target = absolute["authority"], absolute["rest"] or "/"
     path, _, query_text = target.partition("?")

@@ -3,6 +3,7 @@
 The websockets library refuses request bodies, answers in plain text and takes 40 microseconds a
 handshake, so HTTP is read and answered here. A connection is kept for the next request unless
 either side says `close`; each request has an Exchange of its own, and they are answered in order.
+An answer comes whole, or as a stream of events.
 
 Touches its connection; knows no path: `route`, given by the top, upgrades or answers. `accept` at
 the end is the WebSocket handshake.
@@ -26,6 +27,7 @@ from karna.errors import HTTP_STATUS, InvalidRequest, RequestError, explain
 from karna.head import MAX_HEAD_BYTES, ChunkedBody, Head, body_too_large, check_partial_head
 from karna.head import parse_head
 from karna.text import encodable
+from karna.trace import responded
 
 MAX_PIPELINED_BYTES = 64 * 1024  # that wait for an answer; then the connection is not read
 PROBE_S = 2.0  # how often a peer that sends no more is asked whether it still listens
@@ -39,6 +41,7 @@ class Stage(Enum):
     HEAD = "head"  # the head is arriving
     BODY = "body"  # the body is arriving
     ANSWERING = "answering"
+    STREAMING = "streaming"  # the answer has begun, and comes in events
     DONE = "done"
 
 
@@ -46,12 +49,13 @@ class Exchange(Door):
     """One HTTP request on a connection, and its one answer.
 
     route: called once the head is there; it raises RequestError, upgrades the connection, or calls
-    `serve`. client: who asked for a command that runs, if one does.
+    `serve`. client: who asked for a command that runs, if one does. ends_with_peer: a peer that
+    ends its side has lost interest in the answer.
     """
 
     __slots__ = (
-        "_chunks", "_handler", "_has_begun", "_has_ended", "_is_first", "_rest", "_stage", "client",
-        "connection", "head", "is_last", "origin", "route",
+        "_chunks", "_handler", "_has_begun", "_has_ended", "_is_first", "_may_stream", "_rest",
+        "_stage", "client", "connection", "ends_with_peer", "head", "is_last", "origin", "route",
     )  # fmt: skip
     head: Head  # from the end of Stage.HEAD on
     _handler: Handler
@@ -63,6 +67,7 @@ class Exchange(Door):
         self.client: Client | None = None
         self.origin: str | None = None  # the allowed origin that a CORS answer names
         self.is_last = True  # until a head that is well formed says otherwise
+        self.ends_with_peer = self._may_stream = False
         self._stage = Stage.HEAD
         self._rest = b""  # what arrived behind this request
         self._is_first = True  # of its connection
@@ -93,7 +98,6 @@ class Exchange(Door):
                 return self._wait_for(data)
             self.head = parse_head(data[: end + 4])
             self._rest = data[end + 4 :]
-            self.is_last = self.head.is_last
             self._stage = Stage.BODY if self.head.has_body else Stage.ANSWERING
             self.route(self)
         except Exception as exc:
@@ -105,6 +109,7 @@ class Exchange(Door):
         Raises RequestError; answers OPTIONS, and HEAD where GET is wanted.
         """
         head = self.head
+        self.is_last = head.is_last
         allow = "GET, HEAD, OPTIONS" if wanted == "GET" else "POST, OPTIONS"
         if head.method == "OPTIONS":
             handler = self._preflight(allow)
@@ -167,13 +172,13 @@ class Exchange(Door):
     def take_end(self) -> bool:
         """An answer that is still to come reaches a peer that has only ended its own side."""
         self._has_ended = True
-        is_answering = self._stage is Stage.ANSWERING
+        is_answering = self._stage in (Stage.ANSWERING, Stage.STREAMING) and not self.ends_with_peer
         waits_for_its_turn = not self._has_begun and self.connection.has_kept
         if not (is_answering or waits_for_its_turn):
             return False
         if not self.connection.transport.can_write_eof():
             return False
-        if is_answering:
+        if self._stage is Stage.ANSWERING:
             self._set_probe()
         return True
 
@@ -191,18 +196,91 @@ class Exchange(Door):
         connection = self.connection
         if self._stage is Stage.DONE or connection.phase is not Phase.HTTP:
             return
-        if self._stage is not Stage.ANSWERING or connection.hub.is_draining:
-            self.is_last = True  # what may still arrive is no request
-        self.is_last = self.is_last or (self._has_ended and not self._rest)
-        self._stage = Stage.DONE
+        if self._stage is Stage.STREAMING:  # too late to say something else
+            return connection.abort()
+        self._decide_on_next()
         head = self._encode_head(status, len(body), content_type, headers or {})
         request = getattr(self, "head", None)
         connection.write(head if request and request.method == "HEAD" else head + body)
+        if connection.hub.traces:
+            responded(connection, request, status)
+        self._finish(len(body))
+
+    def _decide_on_next(self) -> None:
+        """Before the head of the answer: may another request follow on this connection?"""
+        if self._stage is not Stage.ANSWERING or self.connection.hub.is_draining:
+            self.is_last = True  # what may still arrive is no request
+        self.is_last = self.is_last or (self._has_ended and not self._rest)
+
+    def _finish(self, answer_bytes: int) -> None:
+        """The answer is written: the next request has its turn, or the socket is closed."""
+        self._stage = Stage.DONE
         if self.is_last:
-            connection.close_http(len(body), has_ended=self._has_ended)
+            self.connection.close_http(answer_bytes, has_ended=self._has_ended)
         else:
-            self._set_deadline(len(body))
+            self._set_deadline(answer_bytes)
             self._give_way()
+
+    def allow_stream(self) -> None:
+        """The answer may take long: events or comments show the peer that it is still to come.
+
+        Behind a proxy an answer that says nothing for a minute is given up.
+        """
+        self._may_stream = True
+        self._set_keep_alive(self.connection.loop.time())
+
+    def _set_keep_alive(self, now: float) -> None:
+        self.connection.deadline = now + self.connection.hub.config.raw_ping_interval_s
+
+    @property
+    def is_streaming(self) -> bool:
+        """Has a stream of events begun? Then the answer is its last one, by `end_stream`."""
+        return self._stage is Stage.STREAMING
+
+    def send_event(self, data: bytes) -> None:
+        """Send one server-sent event; the first makes the answer a stream of them.
+
+        Never waits: who sends in a loop awaits `connection.written()`. A peer whose unsent bytes
+        pass their limit is dropped.
+        """
+        connection = self.connection
+        if self._is_open and not connection.is_writable and connection.is_behind:
+            connection.hub.drop(connection.name, "slow")
+            connection.abort()
+        elif self._is_open:
+            connection.write(self._framed(b"event: message\ndata: %b\n\n" % data))
+
+    def end_stream(self, data: bytes) -> None:
+        """Send the last event of a stream that has begun."""
+        if self._is_open:
+            piece = self._framed(b"event: message\ndata: %b\n\n" % data)
+            self.connection.write(piece if self.head.is_http_1_0 else piece + b"0\r\n\r\n")
+            self.is_last = self.is_last or self.connection.hub.is_draining
+            self._finish(len(data))
+
+    @property
+    def _is_open(self) -> bool:
+        stage, phase = self._stage, self.connection.phase
+        return stage in (Stage.ANSWERING, Stage.STREAMING) and phase is Phase.HTTP
+
+    def _framed(self, piece: bytes) -> bytes:
+        """A piece of a stream as it is sent; before the first one the head.
+
+        Chunked (RFC 9112, 7.1): the connection is kept for the next request, and a stream that was
+        cut is told from one that has ended. HTTP/1.0 has no chunks, and its connection closes.
+        """
+        head = b"" if self.is_streaming else self._begin_stream()
+        if self.head.is_http_1_0:
+            return head + piece
+        return b"%b%x\r\n%b\r\n" % (head, len(piece), piece)
+
+    def _begin_stream(self) -> bytes:
+        self._decide_on_next()
+        self._stage = Stage.STREAMING
+        self._set_keep_alive(self.connection.loop.time())
+        headers = {} if self.head.is_http_1_0 else {"Transfer-Encoding": "chunked"}
+        headers["X-Accel-Buffering"] = "no"  # nginx would keep events until it has a page of them
+        return self._encode_head(200, None, "text/event-stream", headers)
 
     def _give_way(self) -> None:
         """The next request of the connection has its turn."""
@@ -224,14 +302,14 @@ class Exchange(Door):
         self.connection.deadline = now + limit_s + answer_bytes / SLOWEST_READER_BYTES_S
 
     def _encode_head(
-        self, status: int, size: int, content_type: str, headers: Mapping[str, str]
+        self, status: int, size: int | None, content_type: str, headers: Mapping[str, str]
     ) -> bytes:
         fields = {"Cache-Control": "no-store", "Vary": "Origin"}
         if self.is_last:
             fields["Connection"] = "close"
         if status != 204:  # which has no body to describe (RFC 9110, 8.6)
-            fields |= {"Content-Length": str(size), "Content-Type": content_type}
-            fields["X-Content-Type-Options"] = "nosniff"
+            fields |= {} if size is None else {"Content-Length": str(size)}
+            fields |= {"Content-Type": content_type, "X-Content-Type-Options": "nosniff"}
         fields |= headers
         if self.origin is not None:
             fields["Access-Control-Allow-Origin"] = self.origin
@@ -244,7 +322,7 @@ class Exchange(Door):
         headers = {"Allow": allow}
         if self.origin is not None:
             headers["Access-Control-Allow-Methods"] = allow
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+            headers["Access-Control-Allow-Headers"] = ALLOWED_HEADERS
             headers["Access-Control-Max-Age"] = "600"
             if "access-control-request-private-network" in self.head.headers:
                 headers["Access-Control-Allow-Private-Network"] = "true"
@@ -253,6 +331,8 @@ class Exchange(Door):
     def fail(self, exc: Exception) -> None:
         """Answer with what went wrong: an error envelope; a bug of ours is logged."""
         hub = self.connection.hub
+        if self._stage is Stage.ANSWERING:  # all of the request was read: the next may follow
+            self.is_last = self.head.is_last
         if not isinstance(exc, RequestError):
             hub.log_error(f"{self.connection.name} HTTP request failed", exc)
             return self.answer(500, INTERNAL_ERROR)
@@ -268,6 +348,8 @@ class Exchange(Door):
     def on_deadline(self, now: float) -> None:
         """The head or the body did not arrive in time; or nobody may wait for the answer."""
         connection = self.connection
+        if self._stage is Stage.STREAMING or (self._may_stream and not self._has_ended):
+            return self._keep_alive(now)
         if self._stage is Stage.ANSWERING:  # the peer has ended its side: is it there at all?
             connection.deadline = now + PROBE_S
             return connection.write(b"HTTP/1.1 102 Processing\r\n\r\n")
@@ -278,6 +360,19 @@ class Exchange(Door):
         limit_s = connection.hub.config.open_timeout_s
         message = f"the request took longer than {limit_s:g} s to arrive (--open-timeout)"
         return self.fail(RequestError(message, code="timeout", status=408))
+
+    def _keep_alive(self, now: float) -> None:
+        """A comment shows that we live; a peer that takes nothing between two of them is dropped.
+        """
+        connection = self.connection
+        if connection.is_writable:
+            connection.write(self._framed(b":\n\n"))
+        elif connection.heard:
+            connection.heard = False  # until it takes what waits for it
+        else:
+            connection.hub.drop(connection.name, "slow")
+            return connection.abort()
+        self._set_keep_alive(now)
 
     @property
     def is_idle(self) -> bool:
@@ -300,6 +395,10 @@ class Exchange(Door):
 
 
 JSON_TYPES = ("application/json", "application/json-rpc")
+# Of requests by pages of an allowed origin; MCP's mirror what its bodies say.
+ALLOWED_HEADERS = (
+    "Authorization, Content-Type, Mcp-Method, Mcp-Name, MCP-Protocol-Version, Mcp-Session-Id"
+)
 
 
 class HttpClient(Client):
@@ -320,6 +419,10 @@ class HttpClient(Client):
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.exchange.answer(200, envelope)
+
+    def join(self, group: str, *, since: str | None = None) -> None:
+        """A client that does not stay hears no broadcasts. Raises ConnectionError."""
+        raise ConnectionError(f"a client of the {self.door} door can't join a group")
 
     async def send(self, type: str, data: Any) -> None:
         """HTTP has one answer, the request's own: nothing is sent."""

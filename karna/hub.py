@@ -59,6 +59,7 @@ class Hub:
         self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
         self.metrics = Metrics()
         self.log_gate = LogGate()
+        self.traces = False  # does the log show each request? Told when it begins to serve
         self.tasks = Tasks(self.log_error)
         self.entering = Tasks(self.log_error)  # handshakes and replays: no stop waits for their end
         self.is_draining = False
@@ -89,6 +90,7 @@ class Hub:
 
     def end(self) -> None:
         """Undo `begin`."""
+        self.log_gate.finish()
         self.loop = None
         if self.reader is not None:
             self.reader.close()

@@ -37,6 +37,13 @@ def decode_image(image: bytes | str) -> bytes:
         raise CommandFailed("the image is not valid base64") from None
 
 
+def image_url(image: bytes | str) -> str:
+    """A data URL of an image in any form that `decode_image` takes. Raises CommandFailed."""
+    data = decode_image(image)
+    kind = read_image_header(data)["format"]
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 MAX_IMAGE_SIDE = 65_535  # the most that JPEG and GIF can say
 MAX_IMAGE_PIXELS = 2**28  # 1 GiB once decoded: more is a decompression bomb
 

@@ -24,6 +24,7 @@ class Metrics:
         self.errors: defaultdict[str, int] = defaultdict(int)
         self.refusals: defaultdict[str, int] = defaultdict(int)
         self.drops: defaultdict[str, int] = defaultdict(int)
+        self.mcp_requests: defaultdict[tuple[str, str], int] = defaultdict(int)  # era, method
         self.latency_buckets = [0] * (len(LATENCY_BUCKETS_S) + 1)
         self.latency_sum_s = 0.0
         self.loop_lag_s = 0.0
@@ -71,6 +72,7 @@ def describe(
     sent = hub.messages_out + hub.deliveries
     results = {"ok": commands_done, **metrics.errors}
     service_states = {labels(service=name, state=state): 1 for name, state in states.items()}
+    mcp = {labels(era=era, method=name): n for (era, name), n in metrics.mcp_requests.items()}
     listed = [
         Metric("clients", "gauge", "Clients connected, by door.", by("door", doors)),
         Metric("sockets", "gauge", "Sockets open, HTTP and handshakes included.",
@@ -90,6 +92,7 @@ def describe(
                by("reason", metrics.drops)),
         Metric("refused_total", "counter", "Requests refused, by reason.",
                by("reason", metrics.refusals)),
+        Metric("mcp_requests_total", "counter", "Messages of assistants, by era and method.", mcp),
         Metric("service_state", "gauge", "1 for the state each service is in.", service_states),
         Metric("loop_lag_seconds", "gauge", "How late the loop's last tick was.",
                metrics.loop_lag_s),

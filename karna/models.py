@@ -2,7 +2,8 @@
 
 The standard library's client (TLS and chunks come with it) talks in a thread, which ends when its
 socket is shut down. No redirect is followed and no proxy is used. Whatever an endpoint does wrong
-is Unavailable. Uses errors, text and work; imported by services when a URL is given.
+is Unavailable. Connections are kept for the next request. Uses answers, errors, text and work;
+imported by services when a URL is given.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import io
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from karna.errors import CommandFailed, Unavailable, explain
+from karna.answers import Answer, Message, Reader, check_no_error, json_of, problem_of, refusal
+from karna.errors import RequestError, Unavailable, explain
 from karna.text import one_line
 from karna.work import ThreadPool
 
 Value = TypeVar("Value")
 Report = Callable[[Any], None]  # of one token, called in a thread
+Tools = Sequence[dict[str, Any]]  # as the servers' API has them
 
 
 MAX_MODEL_BYTES = 4 * 1024 * 1024  # of one answer, its heads, chunks and trailers included
@@ -64,14 +69,71 @@ class _BoundedResponse(HTTPResponse):
         self.fp = io.BufferedReader(raw)
 
 
+MAX_IDLE = 4  # connections to one model server that are kept
+MAX_IDLE_S = 4.0  # below the 5 s after which uvicorn (vLLM) and llama.cpp close them
+MAX_TAIL_BYTES = 1024  # that may follow the last event: blank lines, trailers
+END_WAIT_S = 0.02  # for the end of a stream whose last event has come, to keep its connection
+
+
+class IdleConnections:
+    """Connections that wait for a next request; used from any thread."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[HTTPConnection, float]] = []
+        weakref.finalize(self, _close_all, self._kept)  # __del__ may come after the sockets' own
+
+    def take(self) -> HTTPConnection | None:
+        """One that its server has not closed."""
+        while self._kept:
+            try:
+                connection, since = self._kept.pop()
+            except IndexError:  # another thread took it
+                break
+            if time.monotonic() - since < MAX_IDLE_S and not _has_news(connection.sock):
+                return connection
+            connection.close()
+        return None
+
+    def keep(self, connection: HTTPConnection) -> None:
+        self._kept.append((connection, time.monotonic()))
+        while len(self._kept) > MAX_IDLE:
+            self._kept.pop(0)[0].close()
+
+    def close(self) -> None:
+        _close_all(self._kept)
+
+
+def _close_all(kept: list[tuple[HTTPConnection, float]]) -> None:
+    while kept:
+        kept.pop()[0].close()
+
+
+def _has_news(sock: socket.socket) -> bool:
+    """Has the peer sent anything while nothing was asked? That is its end, or makes no sense."""
+    sock.setblocking(False)
+    try:
+        socket.socket.recv(sock, 1, socket.MSG_PEEK)  # of TLS, too, the bytes as they come
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+class _NothingSentError(Exception):
+    """The connection had ended before any of the request was sent."""
+
+
 class ModelExchange:
     """One request to a model server, made in a thread; `close` from the loop ends it."""
 
-    def __init__(self, server: ModelServer) -> None:
+    def __init__(self, server: ModelServer, sent: Sequence[str] = ()) -> None:
         self._server = server
         self._socket: socket.socket | None = None
+        self._connection: HTTPConnection | None = None
+        self._response: HTTPResponse | None = None
         self._is_closed = False
-        self.cleanup = contextlib.ExitStack()  # of the thread, when it is through
+        self.sent = sent  # which of "tools" and "images" the request has
 
     def close(self) -> None:
         self._is_closed = True
@@ -79,35 +141,73 @@ class ModelExchange:
             with contextlib.suppress(OSError):  # closed already
                 self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, as close() would not
 
-    def send(self, method: str, path: str, body: bytes | None = None) -> HTTPResponse:
-        """Connect, send one request, and return the answer's head if it is a 200."""
+    def end(self) -> None:
+        """Of the thread, when it is through: keep the connection, or close it."""
+        connection, self._connection, self._socket = self._connection, None, None
+        if connection is None:
+            return
+        if self._is_whole(connection) and not self._is_closed:
+            self._server.idle.keep(connection)
+        else:
+            connection.close()
+
+    def _is_whole(self, connection: HTTPConnection) -> bool:
+        """Has all of the answer been read, and may a further request follow?"""
+        response = self._response
+        if response is None or response.will_close or connection.sock is None:
+            return False
+        try:
+            connection.sock.settimeout(END_WAIT_S)
+            response.read(MAX_TAIL_BYTES)
+            return response.isclosed()
+        except (OSError, HTTPException, ValueError):
+            return False
+
+    def send(self, method: str, path: str, body: bytes = b"") -> HTTPResponse:
+        """Send one request, and return the answer's head if it is a 200."""
+        connection = self._server.idle.take()
+        if connection is not None:
+            try:
+                return self._ask(connection, method, path, body)
+            except _NothingSentError:
+                connection.close()
         connection = self._server.connect()
         connection.response_class = _BoundedResponse
-        self.cleanup.callback(connection.close)
+        self._connection = connection
         try:
             connection.connect()
         except TimeoutError:
             raise Unavailable(f"no connection within {connection.timeout:g} s") from None
-        self._socket = connection.sock
+        return self._ask(connection, method, path, body)
+
+    def _ask(self, connection: HTTPConnection, method: str, path: str, body: bytes) -> HTTPResponse:
+        self._connection, self._socket = connection, connection.sock
         if self._is_closed:
             raise OSError("closed")
         connection.sock.settimeout(self._server.timeout_s)
-        connection.request(method, self._server.path + path, body, self._server.headers)
-        response = connection.getresponse()
+        connection.putrequest(method, self._server.path + path)
+        for name, value in self._server.headers.items():
+            connection.putheader(name, value)
+        if body:
+            connection.putheader("Content-Length", str(len(body)))
+        try:
+            connection.endheaders()
+        except ConnectionError:
+            raise _NothingSentError from None
+        connection.send(body)
+        self._response = response = connection.getresponse()
         if response.status == 200:
             return response
-        text = f"HTTP {response.status}"
+        problem = ""
         with contextlib.suppress(ValueError):
-            problem = _model_error(_json_of(response.read(MAX_MODEL_LINE_BYTES)))
-            text += problem and f": {problem}"
-        if response.status in (400, 413, 422):  # this request's fault, the server is well
-            raise CommandFailed(self._server.hide(f"the model server answered {text}"))
-        raise Unavailable(text)
+            problem = problem_of(json_of(response.read(MAX_MODEL_LINE_BYTES)))
+        raise refusal(response.status, problem, self.sent)
 
 
 MODEL_CHECK_S = 4.0  # below the monitor's own limit, so that the detail names the server
 MODEL_CONNECT_S = 5.0  # to connect; a host that is there answers in less than one
-MODEL_THREADS = 8  # requests to one model server at a time; further ones wait
+MODEL_THREADS = 16  # requests to one model server at a time, of one client 4; further ones wait
+MODEL_SILENCE_S = 600.0  # a large model on a CPU reads a long prompt for minutes before it speaks
 
 
 class ModelServer:
@@ -116,7 +216,7 @@ class ModelServer:
     Raises ValueError for an URL or a key that cannot be used. `host` is what may be shown.
     """
 
-    def __init__(self, url: str, *, model: str | None, key: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, *, key: str | None, timeout_s: float) -> None:
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url)
         if not is_http or not parts.hostname:
@@ -127,7 +227,7 @@ class ModelServer:
         self._is_tls = parts.scheme == "https"
         self.host = parts.netloc.rpartition("@")[2]
         self.path = parts.path.rstrip("/").removesuffix("/v1")
-        self.headers = {"Content-Type": "application/json", "Connection": "close"}
+        self.headers = {"Content-Type": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         elif parts.username is not None:
@@ -135,8 +235,8 @@ class ModelServer:
             self.headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
         password = parts.password or ""
         self._secrets = [each for each in (key, password, unquote(password)) if each]
-        self.model = model
         self.timeout_s = timeout_s
+        self.idle = IdleConnections()
         self._requests = ThreadPool(MODEL_THREADS, f"karna-model-{self.host}")
         self._checks = ThreadPool(1, f"karna-model-check-{self.host}")  # never behind requests
 
@@ -151,62 +251,75 @@ class ModelServer:
             text = text.replace(secret, "***")
         return one_line(text)
 
-    async def find_model(self) -> str:
-        """Ask which models there are; the configured one, or else the first, is used from then."""
+    async def list_models(self) -> list[str]:
+        """The names of the models that there are; at least one."""
         try:
             async with asyncio.timeout(MODEL_CHECK_S):
-                names = await self._talk(self._checks, _list_models)
+                names = await self._talk(self._checks, ModelExchange(self), _list_models)
         except TimeoutError:
             raise self._unavailable(f"no answer within {MODEL_CHECK_S:g} s") from None
-        if self.model is None and not names:
-            raise self._unavailable("lists no model")
-        return self.model or names[0]
+        return names
 
-    async def chat(self, model: str, content: Any, report: Report | None) -> str:
-        """Let the model answer one message; `report` gets each token. Returns the whole text."""
-        messages = [{"role": "user", "content": content}]
-        body = json.dumps({"model": model, "messages": messages, "stream": True}).encode()
-        return await self._talk(self._requests, lambda e: _read_chat(e, body, report))
+    async def chat(
+        self, model: str, messages: Sequence[Message], report: Report | None = None, *,
+        tools: Tools = (), may_choose: bool = True, owner: object = None,
+    ) -> Answer:  # fmt: skip
+        """Let the model answer; `report` gets each token of its text.
 
-    async def _talk(self, threads: ThreadPool, work: Callable[[ModelExchange], Value]) -> Value:
-        exchange = ModelExchange(self)
+        With tools it is asked without a stream, where servers differ most; unless it may choose,
+        they are there only because the messages tell of them. owner: whose share of the threads.
+        """
+        asked: dict[str, Any] = {"model": model, "messages": messages, "stream": not tools}
+        if tools:
+            asked |= {"tools": tools, **({} if may_choose else {"tool_choice": "none"})}
+        sent = ["tools"] * bool(tools) + ["images"] * _has_image(messages)
+        exchange, body = ModelExchange(self, sent), json.dumps(asked).encode()
+        return await self._talk(
+            self._requests, exchange, lambda each: _read_chat(each, body, report), owner
+        )
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self.idle.close()
+
+    async def _talk(
+        self, threads: ThreadPool, exchange: ModelExchange,
+        work: Callable[[ModelExchange], Value], owner: object = None,
+    ) -> Value:  # fmt: skip
         try:
-            return await threads.call(lambda: self._explained(exchange, work))
+            return await threads.call(lambda: self._explained(exchange, work), owner)
         finally:
             exchange.close()
 
     def _explained(self, exchange: ModelExchange, work: Callable[[ModelExchange], Value]) -> Value:
         """Do the work in this thread; every way it can go wrong becomes a RequestError."""
         try:
-            with exchange.cleanup:
-                return work(exchange)
+            return work(exchange)
         except Unavailable as error:
             raise self._unavailable(str(error)) from None
+        except RequestError as error:
+            raise type(error)(self.hide(str(error))) from None
         except TimeoutError:
             raise self._unavailable(f"no answer within {self.timeout_s:g} s") from None
         except IncompleteRead:
             raise self._unavailable("its answer broke off") from None
         except OSError as error:
             raise self._unavailable(f"cannot be reached: {error.strerror or error}") from None
+        except _NothingSentError:
+            raise self._unavailable("cannot be reached: it closed the connection") from None
         except (HTTPException, ValueError) as error:
             raise self._unavailable(f"its answer makes no sense: {explain(error)}") from None
+        finally:
+            exchange.end()
 
     def _unavailable(self, problem: str) -> Unavailable:
         return Unavailable(self.hide(f"model server {self.host}: {problem}"))
 
 
-def _json_of(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-
-
-def _model_error(value: Any) -> str:
-    """The message of {"error": {"message": ...}} or {"error": ...}, if there is one."""
-    error = value.get("error") if isinstance(value, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return message if isinstance(message, str) else "unknown error" if error else ""
+def _has_image(messages: Sequence[Message]) -> bool:
+    contents = (each.get("content") for each in messages)
+    return any(part.get("type") == "image_url" for each in contents if type(each) is list
+               for part in each)  # fmt: skip
 
 
 def _read_bounded(response: HTTPResponse) -> Any:
@@ -215,7 +328,7 @@ def _read_bounded(response: HTTPResponse) -> Any:
         raise ValueError(f"longer than {MAX_MODEL_JSON_BYTES // 2**20} MiB")
     if response.length:  # a plain read(n) does not tell
         raise Unavailable("its answer broke off")
-    return _json_of(data)
+    return json_of(data)
 
 
 def _list_models(exchange: ModelExchange) -> list[str]:
@@ -231,54 +344,42 @@ def _is_name(text: str) -> bool:
     return 0 < len(text) <= MAX_MODEL_NAME_CHARS and text.isprintable()
 
 
-def _read_chat(exchange: ModelExchange, body: bytes, report: Report | None) -> str:
-    """Send a chat request and read the answer: events, or one JSON object from simple servers."""
+def _read_chat(exchange: ModelExchange, body: bytes, report: Report | None) -> Answer:
+    """Send a chat request and read the answer: one JSON object, or events, whatever was asked."""
     response = exchange.send("POST", "/v1/chat/completions", body)
     kind = (response.getheader("Content-Type") or "none").partition(";")[0].strip().lower()
+    reader = Reader(exchange.sent)
     if kind == "application/json":
-        return _text_of(_read_bounded(response), "message")[0]
+        reader.add(_read_bounded(response), "message")
+        return reader.answer()
     if kind != "text/event-stream":
         raise ValueError(f"content type {kind} where an event stream belongs")
-    tokens: list[str] = []
-    is_finished = False
     for event in _read_events(response):
-        token, is_last = _text_of(event, "delta")
-        is_finished = is_finished or is_last
-        tokens.append(token)
+        token = reader.add(event)
         if token and report is not None:
             report({"token": token})
-    if not is_finished:
+    if not reader.is_finished:
         raise Unavailable("its answer broke off")
-    return "".join(tokens)
+    return reader.answer()
 
 
 _DONE = {"choices": [{"finish_reason": "stop"}]}
 
 
 def _read_events(response: HTTPResponse) -> Iterator[Any]:
-    """The JSON of each `data:` line of an event stream, up to [DONE] or its end."""
+    """The JSON of each `data:` line of an event stream, up to [DONE] or its end.
+
+    llama.cpp has told errors in lines of their own: `error: {...}`.
+    """
     while line := response.readline(MAX_MODEL_LINE_BYTES + 1):
         if len(line) > MAX_MODEL_LINE_BYTES:
             raise ValueError("an event is too long")
-        if not line.startswith(b"data:"):
+        field, _, data = line.partition(b":")
+        if field == b"error":
+            check_no_error({"error": json_of(data)}, ())
+        if field != b"data":
             continue  # an empty line, a comment, another field
-        data = line[5:].strip()
-        if data == b"[DONE]":
+        if data.strip() == b"[DONE]":
             yield _DONE
             return
-        yield _json_of(data)
-
-
-def _text_of(answer: Any, part: str) -> tuple[str, bool]:
-    """The text of the first choice, and whether it is the last; ValueError for another shape."""
-    problem = _model_error(answer)
-    if problem:
-        raise Unavailable(problem)
-    try:
-        choices = answer["choices"]
-        choice = choices[0] if choices else {}  # usage comes with no choice
-        text: str = (choice.get(part) or {}).get("content") or ""
-        # A lone surrogate, which JSON can say, could not be sent on.
-        return text.encode("utf-8", "replace").decode(), bool(choice.get("finish_reason"))
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError("a choice without text") from None
+        yield json_of(data)

@@ -24,8 +24,11 @@ from karna.context import Context
 from karna.errors import Unavailable, UsageError
 
 
-def program_command(name: str, path: str | None = None) -> Command:
-    """Make the program at `path` (by default, `name` on the PATH) a command; ValueError if none."""
+def program_command(name: str, path: str | None = None, *, confirm: bool = True) -> Command:
+    """Make the program at `path` (by default, `name` on the PATH) a command; ValueError if none.
+
+    confirm: no model runs it before a person has agreed.
+    """
     found = which(path or name)
     if found is None:
         raise ValueError(f"no program {path or name!r} that can be executed")
@@ -38,7 +41,7 @@ def program_command(name: str, path: str | None = None) -> Command:
 
         Its lines are reported as they come. The result has its exit code and its output, of which
         the last {MAX_OUTPUT_CHARS // 1024} Ki characters are kept."""
-    return Command(program, name=name)
+    return Command(program, name=name, confirm=confirm)
 
 
 async def run_program(path: str, arguments: Sequence[str], context: Context) -> dict[str, Any]:

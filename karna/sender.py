@@ -136,7 +136,7 @@ class Sender(ServerConnection):
     async def written(self) -> None:
         """Wait while the client reads more slowly than we write to it; let others have a turn."""
         await self.hub.turns.breathe()
-        if self._holds & HOLD_WRITES and self.phase is _OPEN:
+        if self._holds & HOLD_WRITES and self.phase in (Phase.OPEN, Phase.HTTP):
             if self._drained is None:
                 self._drained = self.loop.create_future()
             await asyncio.shield(self._drained)

@@ -10,8 +10,12 @@ import time
 
 def utc_now() -> str:
     """The time as RFC 3339 in UTC with milliseconds, such as '2026-01-31T12:00:00.123Z'."""
-    now = time.time()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    return utc(time.time())
+
+
+def utc(unix: float) -> str:
+    """Seconds since 1970 in the same form."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix)) + f".{int(unix % 1 * 1000):03d}Z"
 
 
 def one_line(text: str, limit: int = 200) -> str:
@@ -26,6 +30,11 @@ def printable(text: str, limit: int = 1000) -> str:
     return cut if cut.isprintable() else "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut
     )
+
+
+def count_of(number: int, what: str) -> str:
+    """A number of things, such as '1 client' or '3 clients'."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def encodable(text: str) -> str:

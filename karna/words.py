@@ -1,4 +1,5 @@
-"""Free text: split into the words of a command line, and ranked by the commands it is near to.
+"""Free text: split into the words of a command line, or left whole; ranked by the commands it is
+near to.
 
 Pure; uses errors. Used by command (the telling words of a docstring) and services.
 """
@@ -55,6 +56,43 @@ def split_words(line: str) -> list[str]:
         if len(words) > MAX_WORDS or count > MAX_PIECES:
             raise UsageError(TOO_MANY_WORDS)
     return ["".join(pieces) for pieces in words]
+
+
+_PLAIN = re.compile(r"""[^ \t\r\n"'\\]+(?=[ \t\r\n]|\Z)""")
+_WORD = re.compile(
+    r"""(?:[^ \t\r\n"'\\]++ | '[^']*' | "(?:[^"\\]|\\.)*+" | \\.)*+""", re.VERBOSE | re.DOTALL
+)
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def cut_word(line: str, at: int) -> tuple[str, int]:
+    """The word at a place, as `split_words` gives it, and the place of what follows its blanks.
+
+    Raises UsageError for a quote that is not closed.
+    """
+    plain = _PLAIN.match(line, at)
+    if plain:
+        return plain[0], skip_blanks(line, plain.end())
+    found = _WORD.match(line, at)
+    end = found.end() if found else at
+    if end < len(line) and line[end] not in " \t\r\n":
+        split_words(line[at:])  # raises: it says what is wrong
+    (word,) = split_words(line[at:end])
+    return word, skip_blanks(line, end)
+
+
+def skip_blanks(line: str, at: int) -> int:
+    """The place of the first character from `at` on that is no blank."""
+    found = _BLANKS.match(line, at)
+    return found.end() if found else at
+
+
+def unquoted(text: str) -> str:
+    """What a text that is one word in quotes says; any other as it is."""
+    return split_words(text)[0] if _QUOTED.fullmatch(text) else text
+
+
+_QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 
 
 def _unescaped(text: str) -> str:

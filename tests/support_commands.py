@@ -7,6 +7,7 @@ import contextlib
 import json
 import struct
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -98,38 +99,80 @@ MODELS = http_answer(json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]}))
 HELLO = chunked(events(token("Hel"), token(None), token("lo"), token("", finish_reason="stop")))
 
 
+def is_whole(answer: Any) -> bool:
+    """May another request follow this answer on its connection?"""
+    head, _, body = answer.partition(b"\r\n\r\n") if isinstance(answer, bytes) else (b"",) * 3
+    if b"\r\nConnection: close" in head:
+        return False
+    if b"Transfer-Encoding: chunked" in head:
+        return bool(answer.endswith(b"\r\n0\r\n\r\n"))
+    length = head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0]
+    return length == str(len(body)).encode()
+
+
 class ModelHost:
-    """A little HTTP server: each path has its answer; None hangs, a list is dripped for ever."""
+    """A little HTTP server that keeps connections: each path has its answer.
+
+    Bytes are sent as they are, None hangs, a list is dripped for ever, a deque gives an answer to
+    each request, a function is told the request's JSON and returns the answer's.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {"/v1/models": MODELS, "/v1/chat/completions": HELLO}
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.connections = 0
+        self.writers: set[asyncio.StreamWriter] = set()
         self.asked = asyncio.Event()
         self.lost = asyncio.Event()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.writers.add(writer)
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            first, *lines = head.strip().split("\r\n")
-            headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}
-            body = await reader.readexactly(int(headers.get("content-length", 0)))
-            self.requests.append((first, headers, body))
-            self.asked.set()
-            answer = self.answers.get(first.split()[1], http_answer("{}", status="404 Not Found"))
-            if isinstance(answer, bytes):
-                writer.write(answer)
-                await writer.drain()
-            while isinstance(answer, list):
-                writer.write(answer[0])
-                await writer.drain()
-                await asyncio.sleep(0.005)
-            if answer is None:
-                await reader.read()
+            while await self._answer(reader, writer):
+                pass
         except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except asyncio.CancelledError:  # the test is over; asyncio would log it as an error
             pass
         finally:
             self.lost.set()
+            self.writers.discard(writer)
             writer.close()
+
+    def close_all(self) -> None:
+        """Close every connection, as a server does with those that are idle."""
+        for writer in self.writers:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        first, *lines = head.strip().split("\r\n")
+        headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        self.requests.append((first, headers, body))
+        self.asked.set()
+        answer = self.answers.get(first.split()[1], http_answer("{}", status="404 Not Found"))
+        if isinstance(answer, deque):
+            answer = answer.popleft()
+        if callable(answer):
+            answer = answer(json.loads(body))
+            answer = answer if isinstance(answer, bytes) else http_answer(json.dumps(answer))
+        if isinstance(answer, bytes):
+            writer.write(answer)
+            await writer.drain()
+        while isinstance(answer, list):
+            writer.write(answer[0])
+            await writer.drain()
+            await asyncio.sleep(0.005)
+        if answer is None:
+            await reader.read()
+        return is_whole(answer)
+
+    @property
+    def chats(self) -> list[Any]:
+        """What the chat requests asked."""
+        return [json.loads(body) for first, _, body in self.requests if "/chat/" in first]
 
 
 def asking(url: str, **options: Any) -> tuple[LanguageService, CommandProcessor]:

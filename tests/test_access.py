@@ -253,7 +253,8 @@ async def test_preflight_names_methods_headers_and_the_private_network() -> None
         assert (answer.status, answer.body) == (204, b"")
         assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
         assert answer.headers["access-control-allow-methods"] == "POST, OPTIONS"
-        assert answer.headers["access-control-allow-headers"] == "Authorization, Content-Type"
+        allowed = answer.headers["access-control-allow-headers"]
+        assert allowed.startswith("Authorization, Content-Type, Mcp-Method, Mcp-Name")
         assert answer.headers["access-control-allow-private-network"] == "true"
         assert answer.headers["vary"] == "Origin"
         assert "content-length" not in answer.headers  # RFC 9110, 8.6: not with 204

@@ -53,7 +53,7 @@ def test_hello_that_comes_with_its_connection_is_heard(loop: str, tmp_path: Path
         async with serving(WebSocketManager(), port=0, **options) as server:
             asking = asyncio.create_task(asyncio.to_thread(ask_at_once, server.port))
             await asyncio.sleep(0)  # it has begun
-            time.sleep(0.2)  # noqa: ASYNC251 - both are there when the loop looks
+            time.sleep(0.2)  # noqa: ASYNC251 - the loop stands still, and both are there then
             return await asking
 
     with asyncio.Runner(loop_factory=importlib.import_module(loop).new_event_loop) as runner:

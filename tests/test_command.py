@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import contextlib
 import logging
 import shlex
@@ -10,7 +11,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 
@@ -22,6 +23,7 @@ from services import (
     CommandFailed,
     CommandProcessor,
     Context,
+    Text,
     Unavailable,
     UsageError,
 )
@@ -41,6 +43,23 @@ def test_prepare_splits_as_shlex_does(line: str) -> None:
             commands.prepare("any " + line)
     else:
         assert commands.prepare("any " + line).args == expected
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    GREEN = "green"
+    WARM = "red"  # noqa: PIE796  (another name of RED)
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Odd(enum.Enum):
+    ON = True
+    NAME = "ON"  # a value goes before a name
+    BOTH = (1, 2)
 
 
 def shapes() -> CommandProcessor:
@@ -74,6 +93,10 @@ def shapes() -> CommandProcessor:
         return sure, size, tone
 
     @commands.command
+    def paint(colour: Colour, level: Level | None = None, *, odd: Odd = Odd.BOTH) -> Any:
+        return colour, level, odd
+
+    @commands.command
     def total(*numbers: float) -> float:
         return sum(numbers)
 
@@ -102,6 +125,10 @@ GOOD_LINES: list[tuple[str, dict[str, Any], Any]] = [
     ("typed", {"c": 1, "j": None}, (1, None, None, b"", 1)),
     ("typed", {"c": "x"}, (1, None, None, b"", "x")),
     ("must --no-sure --size 5", {"tone": None}, (False, 5, None)),
+    ("paint red", {}, (Colour.RED, None, Odd.BOTH)),
+    ("paint GREEN HIGH --odd BOTH", {}, (Colour.GREEN, Level.HIGH, Odd.BOTH)),
+    ("paint WARM 1 --odd ON", {}, (Colour.RED, Level.LOW, Odd.NAME)),
+    ("paint", {"colour": "green", "level": 2, "odd": True}, (Colour.GREEN, Level.HIGH, Odd.ON)),
     ("total 1 2.5", {}, 3.5),
     ("total", {"numbers": [1, "2"]}, 3.0),
 ]  # fmt: skip
@@ -120,6 +147,12 @@ async def test_command_takes_words_options_and_params(
 BAD_LINES: list[tuple[str, dict[str, Any], str]] = [
     ("move", {}, "X is missing"),
     ("move x", {}, "X must be a whole number, not 'x'"),
+    ("paint blue", {}, "COLOUR must be one of red, green, not 'blue'"),
+    ("paint Red", {}, "COLOUR must be one of red, green"),
+    ("paint red 3", {}, "LEVEL must be one of LOW, HIGH"),
+    ("paint red", {"level": True}, "LEVEL must be one of LOW, HIGH, not bool"),
+    ("paint red", {"level": 1.0}, "LEVEL must be one of LOW, HIGH, not float"),
+    ("paint red", {"level": [1]}, "LEVEL must be one of LOW, HIGH, not a list of 1"),
     ("move 1_000", {}, "whole number"),
     ("move ٣", {}, "whole number"),
     (f"move {'9' * 5_000}", {}, "whole number"),
@@ -464,19 +497,24 @@ async def test_handler_raising_service_error_passes_it_unchanged() -> None:
         assert caught.value is error
 
 
-async def test_handler_that_raises_is_logged_with_traceback_at_debug_only(
+async def test_command_that_raises_is_logged_with_its_traceback_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fails() -> None:
+    async def waits() -> None:
         raise ValueError("no good")
 
-    commands = processor(fails)
-    for level, expected in [(logging.INFO, 0), (logging.DEBUG, 1)]:
-        caplog.clear()
-        caplog.set_level(level, "karna_ws")
-        with pytest.raises(CommandFailed):
-            await run_line(commands, "fails")
-        assert caplog.text.count("Traceback") == expected
+    def blocks() -> None:
+        {}["nothing"]  # type: ignore[index]
+
+    commands = processor(waits, blocks)
+    for _ in range(3):
+        for line in ("waits", "blocks"):
+            with pytest.raises(CommandFailed):
+                await run_line(commands, line)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("command waits failed: ValueError\n  | Traceback")
+    assert second.startswith("command blocks failed: KeyError\n  | Traceback")
+    assert 'raise ValueError("no good")' in first and '{}["nothing"]' in second
 
 
 async def test_processor_runs_each_kind_of_function_and_counts() -> None:
@@ -693,3 +731,284 @@ async def test_cancelling_run_cancels_handler(way: str, scaled: None) -> None:
     assert closed.is_set() or way == "thread"
     assert (commands.running, commands.failed) == (0, 1)
     release.set()
+
+
+def test_enum_is_told_as_the_choices_that_it_is() -> None:
+    command = shapes().commands["paint"]
+    assert command.usage == "paint red|green [LOW|HIGH] [--odd ON|BOTH]"
+    colour, level, odd = command.describe()["arguments"]
+    assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
+    assert (level["default"], odd["default"]) == (None, "BOTH")
+    schema = command.input_schema
+    assert schema is not None and schema["properties"]["colour"] == {
+        "type": "string", "enum": ["red", "green"]
+    }  # fmt: skip
+    assert schema["properties"]["odd"]["default"] == "BOTH"
+
+    class Empty(enum.Enum): ...
+
+    with pytest.raises(TypeError, match="parameter a: Empty has no members"):
+        function: Any = lambda a: a  # noqa: E731
+        function.__annotations__ = {"a": Empty}
+        Command(function, name="x")
+
+
+def test_command_from_a_text_is_told_where_its_name_goes() -> None:
+    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
+        CommandProcessor().command("lights-on")  # type: ignore[call-overload]
+
+
+def test_input_schema_is_made_from_the_signature() -> None:
+    async def brew(
+        cups: int,
+        milk: float = 0.5,
+        *extras: str | None,
+        size: Literal["small", "large"] = "small",
+        name: str | None = None,
+        temperatures: list[float] | int = 90,
+        odd: Any = float("nan"),
+        image: bytes | str = b"",
+        raw: bytes = b"",
+        mode: Literal[1, "a", None] = None,
+        context: Context | None = None,
+    ) -> None:
+        """Brew coffee.
+
+        cups: how many
+        milk (float): in parts of a cup
+        :param size: of each
+        *extras: what goes in
+        unknown: nothing
+        """
+
+    assert Command(brew).input_schema == {
+        "type": "object",
+        "properties": {
+            "cups": {"type": "integer", "description": "how many"},
+            "milk": {"type": "number", "default": 0.5, "description": "in parts of a cup"},
+            "extras": {
+                "type": "array", "items": {"type": "string"}, "description": "what goes in",
+            },
+            "size": {
+                "type": "string", "enum": ["small", "large"], "default": "small",
+                "description": "of each",
+            },
+            "name": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+            "temperatures": {
+                "anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "integer"}],
+                "default": 90,
+            },
+            "odd": {},
+            "image": {"type": "string"},
+            "mode": {"anyOf": [{"enum": [1, "a"]}, {"type": "null"}], "default": None},
+        },
+        "required": ["cups"],
+        "additionalProperties": False,
+    }  # fmt: skip
+
+
+def test_input_schema_always_has_an_object_at_the_top() -> None:
+    def nothing() -> None: ...
+
+    def anything(**more: Any) -> None: ...
+
+    def numbers(*rest: int, **more: int) -> None: ...
+
+    def raw(data: bytes) -> None: ...
+
+    empty = {"type": "object", "properties": {}}
+    assert Command(nothing).input_schema == {**empty, "additionalProperties": False}
+    assert Command(anything).input_schema == {**empty, "additionalProperties": True}
+    assert Command(numbers).input_schema == {
+        "type": "object",
+        "properties": {"rest": {"type": "array", "items": {"type": "integer"}, "minItems": 1}},
+        "required": ["rest"],
+        "additionalProperties": {"type": "integer"},
+    }
+    assert Command(raw).input_schema is None, "JSON has no bytes"
+
+
+def test_whole_number_may_come_as_a_float() -> None:
+    bound = shapes().commands["move"].bind((), {"x": 3.0})
+    assert bound[0][0] == 3 and type(bound[0][0]) is int
+    with pytest.raises(UsageError, match="whole number"):
+        shapes().commands["move"].bind((), {"x": 2.0**60})
+
+
+def values_of(schema: Any) -> Any:
+    """What a schema of ours admits."""
+    if "anyOf" in schema:
+        return st.one_of([values_of(each) for each in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    kinds = {
+        "string": st.text(max_size=5), "boolean": st.booleans(), "null": st.none(),
+        "integer": st.integers(-(2**63), 2**64 - 1) | st.integers(-99, 99).map(float),
+        "number": st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False),
+        "object": st.dictionaries(st.text(max_size=3), JSON_VALUES, max_size=3),
+    }  # fmt: skip
+    if schema.get("type") == "array":
+        items = values_of(schema.get("items", {}))
+        return st.lists(items, min_size=schema.get("minItems", 0), max_size=4)
+    return kinds[schema["type"]] if "type" in schema else JSON_VALUES
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_what_the_schema_admits_binds(data: Any) -> None:
+    command = data.draw(st.sampled_from(SHAPES.distinct()))
+    schema = command.input_schema
+    required = schema.get("required", [])
+    fields = {name: values_of(each) for name, each in schema["properties"].items()}
+    given_ = data.draw(st.fixed_dictionaries(
+        {name: fields[name] for name in required},
+        optional={name: each for name, each in fields.items() if name not in required},
+    ))  # fmt: skip
+    if schema["additionalProperties"] is not False:
+        further = st.dictionaries(st.text("qrs", min_size=1, max_size=3), JSON_VALUES, max_size=2)
+        given_ |= data.draw(further)
+    args, kwargs = command.bind((), given_)
+    command.function(*args, **kwargs)
+
+
+def test_built_in_commands_are_tools_only_where_they_say_so() -> None:
+    commands = CommandProcessor()
+    assert [each.name for each in commands.distinct() if each.tool] == ["time"]
+    revision = commands.revision
+    commands.add(Command(lambda *text: "mine", name="echo"))
+    assert commands.commands["echo"].tool is None and commands.revision > revision
+
+
+def texts() -> CommandProcessor:
+    commands = CommandProcessor(builtins=False)
+
+    @commands.command
+    def say(text: Text) -> Any:
+        return text
+
+    @commands.command
+    def remind(minutes: int, text: Text = "tea", *, loud: bool = False, by: str = "bell") -> Any:
+        return minutes, text, loud, by
+
+    @commands.command
+    def maybe(text: Text | None = None, *, by: str = "", **more: str) -> Any:
+        return text, by, more
+
+    return commands
+
+
+TEXT_LINES: list[tuple[str, Any]] = [
+    ("say what's up", "what's up"),
+    ("say it's 5 o'clock", "it's 5 o'clock"),
+    ('say "Hello" she said', '"Hello" she said'),
+    ("say a  b\\ c\n\td", "a  b\\ c\n\td"),
+    ("  say\n what's  up \t ", "what's  up"),
+    ("say\twhat's", "what's"),
+    ("'say' what  is", "what  is"),
+    ("say --level -- 'x", "--level -- 'x"),
+    # One word in quotes is what it was.
+    ("say 'what is up'", "what is up"),
+    ('say "a \\"b\\" \\\\ \'c\'"  ', "a \"b\" \\ 'c'"),
+    ("say ''", ""),
+    ("say 'a' 'b'", "'a' 'b'"),
+    ("say 'a'b", "'a'b"),
+    ("say 'a\\' b'", "'a\\' b'"),
+    # Words and options before it, options behind it.
+    ("remind 5", (5, "tea", False, "bell")),
+    ("remind 5 mum's tea", (5, "mum's tea", False, "bell")),
+    ("remind '5' 'mum is \"here\"'", (5, 'mum is "here"', False, "bell")),
+    ("remind --loud 5 --by 'the bell' mum's", (5, "mum's", True, "the bell")),
+    ("remind --by=x 5 --no-loud don't", (5, "don't", False, "x")),
+    ("remind 5 don't --loud  --by me", (5, "don't", True, "me")),
+    ("remind 5 'a  b' --by=me", (5, "a  b", False, "me")),
+    ("remind 5 a --by me or not", (5, "a --by me or not", False, "bell")),
+    ("remind 5 don't --by 'me'", (5, "don't --by 'me'", False, "bell")),
+    ("remind 5 a --loud=x --nope x --by", (5, "a --loud=x --nope x --by", False, "bell")),
+    ("remind -- 5 --loud it's --loud", (5, "--loud it's --loud", False, "bell")),
+    ("remind 5 -- --loud", (5, "--loud", False, "bell")),
+    ("remind 5 --loud -- 'a b'", (5, "a b", True, "bell")),
+    ("maybe", (None, "", {})),
+    ("maybe --by x --to=y it's", ("it's", "x", {"to": "y"})),
+    ("maybe it's --to=y", ("it's --to=y", "", {})),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), TEXT_LINES)
+def test_free_text_is_taken_as_it_was_typed(line: str, expected: Any) -> None:
+    call = texts().prepare(line)
+    assert call.command.function(*call.args, **call.kwargs) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("say", "TEXT is missing"), ("say  ", "TEXT is missing"), ("remind", "MINUTES is missing"),
+        ("remind it's", "no closing quote"), ("remind --by 'x 5 a", "no closing quote"),
+        ("remind --nope 5 a", "unknown option '--nope'"), ("remind 5 --by", "--by needs a value"),
+        ("remind 5 --by x a --by y", "--by is given twice"),
+        ("remind 5 a --by x --by y", "--by is given twice"), ("remind soon a", "whole number"),
+    ],
+)  # fmt: skip
+def test_wrong_line_with_free_text_is_a_usage_error(line: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        texts().prepare(line)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LINE)
+def test_any_free_text_arrives_but_for_blanks_and_quotes_around_it(text: str) -> None:
+    commands, stripped = texts(), text.strip(" \t\r\n")
+    if not stripped:
+        return
+    (found,) = commands.prepare(f"say {text}").args
+    if stripped[0] in "\"'":
+        with contextlib.suppress(ValueError):
+            words = shlex.split(stripped)
+            assert found in (stripped, *words[:1])
+    else:
+        assert found == stripped
+    assert commands.prepare("say", {"text": text}).args == [text]
+
+
+def test_long_free_text_is_not_split() -> None:
+    commands = texts()
+    for text in ["it's " * 200_000, "--loud " * 150_000, "'a' " * 250_000, '"' + "\\" * 999_999]:
+        began = time.process_time()
+        (found,) = commands.prepare(f"say {text}").args
+        assert found == text.strip()
+        assert commands.prepare(f"remind 5 x {text} x").args == [5, f"x {text} x"]
+        assert time.process_time() - began < 0.1
+    with pytest.raises(UsageError):
+        commands.prepare("remind " + "--by x " * 100_000)
+
+
+def test_free_text_is_told_as_text() -> None:
+    command = texts().commands["remind"]
+    assert command.usage == "remind MINUTES [TEXT]... [--loud] [--by BY]"
+    assert command.arguments[1] == {
+        "name": "text", "type": "text", "required": False, "default": "tea", "repeated": True,
+    }  # fmt: skip
+    assert command.input_schema is not None
+    assert command.input_schema["properties"]["text"] == {"type": "string", "default": "tea"}
+    with pytest.raises(UsageError, match="must be a text"):
+        texts().prepare("say", {"text": ["a"]})
+
+
+def test_free_text_is_what_is_left() -> None:
+    def early(text: Text, more: str) -> None: ...
+    def words(text: Text, *more: str) -> None: ...
+    def many(*text: Text) -> None: ...
+
+    for function in (early, words, many):
+        with pytest.raises(TypeError, match="a Text takes what is left"):
+            Command(function)
+
+
+def test_other_annotations_say_what_they_annotate() -> None:
+    commands = processor()
+
+    def count(number: Annotated[int, "how many"], *, note: Text = "") -> Any: ...
+
+    commands.command(count)
+    call = commands.prepare("count 3 --note 'a b'")
+    assert (call.args, call.kwargs) == ([3], {"note": "a b"})
