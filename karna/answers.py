@@ -130,37 +130,42 @@ class Reader:
             said = choice.get(part) or {}
             text = _text_of(said.get("content"))
             for call in said.get("tool_calls") or ():
-                self._add_call(call)
+                self._add_call(call, is_whole=part == "message")
         except (AttributeError, KeyError, TypeError):
             raise ValueError("a choice without text") from None
         self.is_finished = self.is_finished or bool(choice.get("finish_reason"))
         self._texts.append(text)
         return text
 
-    def _add_call(self, part: dict[str, Any]) -> None:
+    def _add_call(self, part: dict[str, Any], is_whole: bool) -> None:
         """One call, or a further part of one: by its index, its id, or the lack of a new name."""
         function = part.get("function") or {}
-        call = self._call_of(part.get("index"), part.get("id"), function.get("name"))
+        id, name = part.get("id"), function.get("name")
+        id = id if isinstance(id, str) and id else None
+        name = name if isinstance(name, str) else ""
+        index = part.get("index")
+        call = None if is_whole else self._begun(index, id, name)
+        if call is None:
+            call = {"index": index, "id": id, "name": name, "arguments": ""}
+            self._calls.append(call)
+        call["name"] = call["name"] or name
         given = function.get("arguments")
         if isinstance(given, str) and isinstance(call["arguments"], str):
             call["arguments"] += given
         elif given:
             call["arguments"] = given
 
-    def _call_of(self, index: Any, id: Any, name: Any) -> dict[str, Any]:
-        id = id if isinstance(id, str) and id else None
-        name = name if isinstance(name, str) else ""
-        for call in self._calls if type(index) is int else ():
-            if call["index"] == index and (id in (None, call["id"]) or not name):
-                call["name"] = call["name"] or name
-                return call
-        last = self._calls[-1] if self._calls else None
-        if type(index) is not int and last and (not name if id is None else id == last["id"]):
-            last["name"] = last["name"] or name
-            return last
-        call = {"index": index, "id": id, "name": name, "arguments": ""}
-        self._calls.append(call)
-        return call
+    def _begun(self, index: Any, id: str | None, name: str) -> dict[str, Any] | None:
+        """The call that a part goes on with, if it is no new one.
+
+        Some servers give every call the index 0, some give none, some repeat id and name.
+        """
+        for call in reversed(self._calls):
+            if type(index) is not int:  # the last one, or none
+                return call if (not name if id is None else id == call["id"]) else None
+            if call["index"] == index:
+                return call if id in (None, call["id"]) or not name else None
+        return None
 
     def answer(self) -> Answer:
         """The whole answer. What it chose is told by its calls alone, never by a finish_reason."""

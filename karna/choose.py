@@ -20,6 +20,7 @@ from karna.tools import content_of, describe_tool, line_of, name_tools
 
 MAX_STEPS = 5  # of one `do`; each costs a turn of the model
 MAX_MISTAKES = 1  # that are told to the model, for it to do better
+MAX_LINE_CHARS = 4_000  # of a command line that a person agrees to; of others this much is shown
 MAX_RESULT_CHARS = 8_000  # of a result that the model reads: some 2,000 tokens of few thousand
 BLIND = (
     "\n\n(An image came with this, which you cannot see. Tools that take an image are given it.)"
@@ -114,10 +115,14 @@ class Steps:
             arguments = {**shown, "image": self._image}
         else:
             shown = arguments
-        return Call(command, *command.bind((), arguments)), line_of(command, shown)
+        bound, line = Call(command, *command.bind((), arguments)), line_of(command, shown)
+        if command.confirm and len(line) > MAX_LINE_CHARS:
+            raise UsageError(f"the arguments of {call.name} are too long for a person to agree to")
+        return bound, line
 
     async def _step(self, call: Call, line: str) -> str:
-        step = {"step": len(self.done) + 1, "command": line}
+        shown = line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]} ..."
+        step = {"step": len(self.done) + 1, "command": shown}
 
         def report(value: Any) -> Awaitable[None]:
             return self._context.progress({**step, "progress": value})

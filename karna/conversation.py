@@ -24,7 +24,7 @@ class Conversations:
     """What each client and the model have said, the latest `turns` of them."""
 
     def __init__(self, turns: int) -> None:
-        self._turns = turns
+        self.turns = turns
         self._kept: WeakKeyDictionary[Any, list[tuple[str, str]]] = WeakKeyDictionary()
 
     def messages(self, client: Any) -> list[Message]:
@@ -38,9 +38,9 @@ class Conversations:
 
     def add(self, client: Any, said: str, answered: str) -> None:
         """Keep one turn; the oldest ones go when there are too many, or too long ones."""
-        if lasting(client) is None or not self._turns:
+        if lasting(client) is None or not self.turns:
             return
-        pairs = [*self._kept.get(client, ()), (said, answered)][-self._turns :]
+        pairs = [*self._kept.get(client, ()), (said, answered)][-self.turns :]
         while pairs and _size(pairs) > MAX_CONVERSATION_BYTES:
             del pairs[0]
         self._kept[client] = pairs

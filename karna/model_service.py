@@ -88,7 +88,7 @@ class ModelService(Service):
         note = ""
         if model not in names and f"{model}:latest" not in names:  # as Ollama calls it
             there = ", ".join(names[:MAX_LISTED_MODELS]) or "none"
-            note = one_line(f" is not listed; there are {there}")
+            note = " " + one_line(f"is not listed; there are {there}")
         if note and note != self._note:
             log.warning("service %s: model %s%s", self.name, one_line(model, 100), note)
         self._note = note

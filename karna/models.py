@@ -71,6 +71,7 @@ class _BoundedResponse(HTTPResponse):
 
 MAX_IDLE = 4  # connections to one model server that are kept
 MAX_IDLE_S = 4.0  # below the 5 s after which uvicorn (vLLM) and llama.cpp close them
+MAX_TAIL_BYTES = 1024  # that may follow the last event: blank lines, trailers
 END_WAIT_S = 0.02  # for the end of a stream whose last event has come, to keep its connection
 
 
@@ -157,7 +158,8 @@ class ModelExchange:
             return False
         try:
             connection.sock.settimeout(END_WAIT_S)
-            return response.isclosed() or not response.read(1)
+            response.read(MAX_TAIL_BYTES)
+            return response.isclosed()
         except (OSError, HTTPException, ValueError):
             return False
 

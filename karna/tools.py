@@ -17,14 +17,13 @@ from orjson import Fragment
 
 from karna.command import Command
 from karna.envelopes import NOT_JSON, encode_json
-from karna.errors import CommandFailed, UsageError
+from karna.errors import CommandFailed
 from karna.text import encodable, printable
 
 MAX_NAME_CHARS = 64  # of a tool, as the strictest clients
 MAX_TEXT_CHARS = 100_000  # of a result: some 25,000 tokens, where hosts refuse it
 MAX_MEDIA_BYTES = 5 * 1024 * 1024  # of one image or sound, as model APIs
 MAX_PROGRESS_CHARS = 1_000  # of one report: hosts show a line
-MAX_LINE_CHARS = 4_000  # of a call as a command line: what a person reads before it is run
 
 
 def name_tools(commands: Iterable[Command]) -> dict[str, Command]:
@@ -58,7 +57,6 @@ def line_of(command: Command, arguments: Mapping[str, Any]) -> str:
     """The command line that calls a tool with these arguments, for a person to read.
 
     Nothing in it is hidden: what does not print is shown by its code, and no part is left out.
-    Raises UsageError for one that is longer than a person reads.
     """
     words, named = [command.name], set(arguments)
     places = [each for each in command.arguments if "option" not in each]
@@ -71,10 +69,8 @@ def line_of(command: Command, arguments: Mapping[str, Any]) -> str:
         words += _place_words(each, arguments.get(each["name"], each.get("default")))
     extra = named - {each["name"] for each in command.arguments}
     words += [f"--{name}={_word(arguments[name])}" for name in arguments if name in extra]
-    line = " ".join(words)
-    if len(line) > MAX_LINE_CHARS:
-        raise UsageError(f"the arguments of {command.name} are too long to be shown")
-    return printable(encodable(line), MAX_LINE_CHARS)
+    line = encodable(" ".join(words))
+    return printable(line, len(line))
 
 
 def _option_words(option: Mapping[str, Any], value: Any) -> list[str]:
@@ -87,9 +83,14 @@ def _option_words(option: Mapping[str, Any], value: Any) -> list[str]:
 def _place_words(place: Mapping[str, Any], value: Any) -> list[str]:
     if place["type"] == "text" and isinstance(value, str):
         is_plain = value[:1] not in ("", "'", '"', "-") and value == value.strip()
-        return [value if is_plain else _word(value)]
+        return [value if is_plain and " --" not in value else _quoted(value)]
     values = value if place.get("repeated") and isinstance(value, list) else [value]
     return list(map(_word, values))
+
+
+def _quoted(text: str) -> str:
+    """A text as one word in quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _word(value: Any) -> str:

@@ -48,8 +48,8 @@ SERVER_FILE = ROOT / "karna_ws.py"
 
 
 MODULES = {
-    "aiohttp", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mcp", "mypy",
-    "prometheus_client", "redis", "socketio", "uvloop",
+    "aiohttp", "gguf", "hypothesis", "jsonrpc_websocket", "jsonrpcclient", "mcp", "mypy",
+    "prometheus_client", "redis", "socketio", "uvloop", "xllamacpp",
 }  # fmt: skip
 
 

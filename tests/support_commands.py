@@ -121,11 +121,13 @@ class ModelHost:
         self.answers: dict[str, Any] = {"/v1/models": MODELS, "/v1/chat/completions": HELLO}
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.connections = 0
+        self.writers: set[asyncio.StreamWriter] = set()
         self.asked = asyncio.Event()
         self.lost = asyncio.Event()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writers.add(writer)
         try:
             while await self._answer(reader, writer):
                 pass
@@ -135,6 +137,12 @@ class ModelHost:
             pass
         finally:
             self.lost.set()
+            self.writers.discard(writer)
+            writer.close()
+
+    def close_all(self) -> None:
+        """Close every connection, as a server does with those that are idle."""
+        for writer in self.writers:
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

@@ -25,8 +25,8 @@ if os.environ.get("KARNA_TEST_WITHOUT_EPOLL"):
     del select.epoll  # asyncio has taken its own already
 
 pytest.register_assert_rewrite(
-    "support", "support_clients", "support_commands", "support_link", "support_mcp",
-    "support_peers", "support_process", "support_redis",
+    "support", "support_clients", "support_commands", "support_link", "support_llama",
+    "support_mcp", "support_peers", "support_process", "support_redis",
 )  # fmt: skip
 
 from support import DEADLINE_S, needs  # noqa: E402

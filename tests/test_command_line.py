@@ -94,7 +94,7 @@ def test_help_names_every_option_in_its_group() -> None:
     assert (shown.returncode, shown.stderr) == (0, "")
     for flag, _ in FLAGS.values():
         assert flag.partition("=")[0] in shown.stdout
-    for flag in ("--allow-program", "--vision-url", "--vision-model", "--language-url",
+    for flag in ("--allow-program", "--no-confirm-programs", "--conversation-turns", "--vision-url", "--vision-model", "--language-url",
                  "--language-model", "--log-level", "--version"):  # fmt: skip
         assert flag in shown.stdout
     for title in GROUPS.values():
@@ -117,6 +117,9 @@ def test_help_names_every_option_in_its_group() -> None:
         (["--allow-origin", "nonsense"], {}, "--allow-origin must"),
         (["--max-message", "1"], {}, "--max-message must be 128 or more"),
         (["--language-model", "x"], {}, "--language-model needs --language-url"),
+        (["--conversation-turns", "-1"], {}, "--conversation-turns must be 0 or more"),
+        (["--conversation-turns", "few"], {}, "--conversation-turns"),
+        ([], {"KARNA_CONFIRM_PROGRAMS": "maybe"}, "KARNA_CONFIRM_PROGRAMS must be 1 or 0"),
         (["--allow-program", "no-such-program-here"], {}, "no-such-program-here"),
         (["--certfile", "/nonexistent.pem", "--port", "0"], {}, "/nonexistent.pem"),
         (["--host", "0.0.0.0", "--port", "0"], {}, "--insecure-no-token"),
@@ -238,3 +241,27 @@ def test_import_is_light() -> None:
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, (8, True)),
+        (["--conversation-turns", "0", "--no-confirm-programs"], {}, (0, False)),
+        ([], {"KARNA_CONVERSATION_TURNS": "3", "KARNA_CONFIRM_PROGRAMS": "0"}, (3, False)),
+    ],
+    ids=str,
+)
+def test_flags_of_the_language_service_reach_it(
+    arguments: list[str], environment: dict[str, str], expected: Any,
+    clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        clean_environment.setenv(name, value)
+    warn_of_misspelt(environment, vars(make_parser("1").parse_args([])))
+    assert not caplog.records
+    parsed = make_parser("1").parse_args(["--allow-program", "sh", *arguments])
+    manager = karna_ws.make_manager(parsed)
+    language: Any = manager.services["language"]
+    assert language.conversations.turns == expected[0]
+    assert manager.commands.commands["sh"].confirm is expected[1]

@@ -228,7 +228,8 @@ async def test_mistake_goes_back_to_the_model_once(name: str, host: Any) -> None
     told = host.chats[1]["messages"][-1]
     assert told["tool_call_id"] == "c0" and told["content"].startswith("error: ")
     assert problem in told["content"]
-    json.loads(host.chats[1]["messages"][-2]["tool_calls"][0]["function"]["arguments"])
+    (told,) = host.chats[1]["messages"][-2]["tool_calls"]
+    assert type(json.loads(told["function"]["arguments"])) is dict, "some servers read them"
     script(host, says("", call), says("", call), says("never asked"))
     with pytest.raises(CommandFailed, match="the model chose wrongly again"):
         await house.run("do it")
@@ -293,7 +294,8 @@ async def test_model_that_chose_nothing_is_taken_at_its_words(answer: bytes, hos
 
 
 async def test_several_streamed_calls_without_index_are_told_apart(host: Any) -> None:
-    parts = [
+    one = {"index": 0, "id": "a", "function": {"name": "light", "arguments": '{"room": '}}
+    parts: list[Any] = [
         {"id": "a", "function": {"name": "light", "arguments": '{"room": '}},
         {"function": {"arguments": '"bath"}'}},
         {"id": "b", "function": {"name": "light", "arguments": '{"room": "kitchen"}'}},
@@ -306,6 +308,23 @@ async def test_several_streamed_calls_without_index_are_told_apart(host: Any) ->
     assert [step["command"] for step in steps] == ["light bath", "light kitchen", "time"]
     ids = [call["id"] for call in host.chats[1]["messages"][1]["tool_calls"]]
     assert ids[:2] == ["a", "b"] and len(set(ids)) == 3
+    # And where all have the index 0, or repeat their id and name.
+    rest = {"index": 0, "id": "a", "function": {"name": "light", "arguments": '"bath"}'}}
+    parts = [one, rest, {"index": 0, "id": "b", "function": {"name": "bake", "arguments": "{"}},
+             {"index": 0, "function": {"arguments": "}"}}]  # fmt: skip
+    told = [{"choices": [{"delta": {"tool_calls": [part]}}]} for part in parts]
+    script(host, chunked(events(*told)), says("all"))
+    steps = (await house.run("do it"))["steps"]
+    assert [step["command"] for step in steps] == ["light bath", "bake"]
+
+
+async def test_calls_that_have_the_same_id_are_two(host: Any) -> None:
+    house = House(host.url)
+    same = [{"id": "c", "function": {"name": "light", "arguments": {"room": room}}}
+            for room in ("bath", "kitchen")]  # fmt: skip
+    script(host, says("", *same), says("both"))
+    await house.run("do it")
+    assert house.calls == [("bath", True), ("kitchen", True)]
 
 
 NO_TOOLS = {
@@ -416,6 +435,10 @@ async def test_what_is_proposed_is_shown_whole(host: Any) -> None:
     script(host, says("", ("unlock", {"door": "x" * 5_000})), says("too long, then"))
     result = await house.run("do it")
     assert "proposal" not in result and result["text"] == "too long, then"
+    house.commands.add(Command(lambda text: len(text), name="write"))
+    script(host, says("", ("write", {"text": "x" * 5_000})), says("written"))
+    (step,) = (await house.run("do it"))["steps"]
+    assert step["result"] == 5_000 and len(step["command"]) == 4_004
 
 
 async def test_steered_model_runs_nothing_that_needs_consent(host: Any) -> None:

@@ -270,6 +270,7 @@ async def test_errors_of_the_programs_own_code_are_logged_with_their_traceback(
             assert [line.partition(" |")[0] for line in bugs()] == ["handler of 'add' failed: TypeError"]
             assert (await http(server, "POST", "/api/execute_command", {"command": "on_loop bug"}))[0] == 500
             assert bugs() == [], "it was shown"
+        await until(lambda: not server.manager.count_clients())
         await until(lambda: not server.manager.commands.tasks.running)
         assert bugs() == ["handler of 'disconnect' failed: IndexError"]
     assert bugs()[:2] == [

@@ -24,7 +24,9 @@ from support_commands import (
     events,
     http_answer,
     monitoring,
+    png,
     run_line,
+    seeing,
     token,
 )
 
@@ -348,3 +350,215 @@ async def test_json_too_long_to_be_parsed_while_others_wait_is_not(host: Any) ->
     host.answers["/v1/chat/completions"] = http_answer(many)
     with pytest.raises(Unavailable, match="longer than 1 MiB"):
         await run_line(commands, "ask hi")
+
+
+# ---- habits of servers ------------------------------------------------------------------------
+
+
+def in_chunks(text: str, size: int) -> bytes:
+    """A stream whose chunks end anywhere, in the middle of a character too."""
+    data = text.encode()
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    return head + b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in parts) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+async def test_stream_cut_anywhere_is_put_together(size: int, host: Any) -> None:
+    _, commands = asking(host.url)
+    text = 'data: {"choices":[{"delta":{"content":"Grüße 🎈"}}]}\r\n\r\ndata:[DONE]\r\n\r\n'
+    host.answers["/v1/chat/completions"] = in_chunks(": still here\n\n" * 3 + text, size)
+    for _ in range(2):
+        assert (await run_line(commands, "ask hi"))["text"] == "Grüße 🎈"
+    assert host.connections == 1
+
+
+async def test_slow_first_token_is_waited_for_while_comments_come() -> None:
+    """Silence may last 0.2 s; 20 comments, 15 ms apart, are longer than that together."""
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+        )
+        for _ in range(20):
+            writer.write(b": keep-alive\n\n")
+            await asyncio.sleep(0.015)
+        writer.write(events(token("slow")).encode())
+        writer.close()
+
+    server = await asyncio.start_server(slowly, "127.0.0.1", 0)
+    _, commands = asking(
+        f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", model="tiny", timeout_s=0.2
+    )
+    assert (await run_line(commands, "ask hi"))["text"] == "slow"
+    server.close()
+
+
+def test_silence_is_bounded_by_the_command_s_own_limit_first() -> None:
+    server: Any = LanguageService(url="http://localhost").server
+    assert server.timeout_s >= 60, "a large model reads for long before its first token"
+
+
+STREAM_ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
+    "an event": ({"error": {"message": "out of memory"}}, Unavailable, "out of memory"),
+    "an event with a code": ({"error": {"code": 400, "message": "too long"}}, CommandFailed, "HTTP 400: too long"),
+    "an object": ({"object": "error", "message": "no luck", "code": 500}, Unavailable, "no luck"),
+    "a line of its own": ('x\nerror: {"message": "no slot"}', Unavailable, "no slot"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STREAM_ERRORS)
+async def test_error_in_the_middle_of_a_stream_ends_it(name: str, host: Any) -> None:
+    event, kind, problem = STREAM_ERRORS[name]
+    language, commands = asking(host.url)
+    text = events(token("a"), done=False)
+    text += events(event) if isinstance(event, dict) else event.partition("\n")[2] + "\n\n"
+    host.answers["/v1/chat/completions"] = http_answer(text, kind=STREAM_TYPE)
+    seen: list[Any] = []
+    with pytest.raises(kind, match=problem):
+        await run_line(commands, "ask hi", Context(None, seen.append))
+    assert seen == [{"token": "a"}]
+    assert language.state == ("running" if kind is CommandFailed else "degraded")
+
+
+NO_IMAGES = {
+    "llama.cpp": ("500 Oops", "image input is not supported - hint: you may need the mmproj"),
+    "vLLM": ("400 Bad Request", "tiny is not a multimodal model"),
+    "Ollama": ("500 Oops", "this model is missing data required for image input"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+async def test_image_for_a_model_that_cannot_see_is_that_request_s_failure(
+    name: str, host: Any
+) -> None:
+    status, text = NO_IMAGES[name]
+    vision, commands = seeing(url=host.url)
+    await vision.check()
+    answer = http_answer(json.dumps({"error": {"message": text}}), status=status)
+    host.answers["/v1/chat/completions"] = answer
+    with pytest.raises(CommandFailed, match="the model takes no images") as caught:
+        await run_line(commands, "describe what's this", image=png(3, 5))
+    assert text in str(caught.value) and vision.state == "running"
+    # The same of a request that had no image, or as another status, is the server's trouble.
+    _, commands = asking(host.url)
+    if status.startswith("500"):
+        with pytest.raises(Unavailable):
+            await run_line(commands, "ask hi")
+    answer = http_answer(json.dumps({"error": {"message": text}}), status="503 Busy")
+    host.answers["/v1/chat/completions"] = answer
+    vision, commands = seeing(url=host.url)
+    with pytest.raises(Unavailable):
+        await run_line(commands, "describe", image=png(3, 5))
+    assert vision.state == "degraded"
+
+
+async def test_model_that_is_not_listed_is_warned_of(
+    host: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    language, commands = asking(host.url, model="mine")
+    for _ in range(3):
+        await language.check()
+    place = f"model mine at 127.0.0.1:{host.port} is not listed; there are tiny, other"
+    assert (language.state, language.detail) == ("running", place)
+    await run_line(commands, "ask hi")
+    assert language.detail == place
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == ["service language: model mine is not listed; there are tiny, other"]
+    host.answers["/v1/models"] = http_answer('{"data": [{"id": "mine:latest"}]}')
+    await language.check()
+    assert language.detail == f"model mine at 127.0.0.1:{host.port}"
+    host.answers["/v1/models"] = http_answer('{"data": []}')
+    await language.check()
+    assert language.detail.endswith("is not listed; there are none")
+
+
+async def test_server_that_came_back_with_another_model_is_asked_for_its_name(host: Any) -> None:
+    language, commands = asking(host.url)
+    assert (await run_line(commands, "ask hi"))["model"] == "tiny"
+    host.answers["/v1/chat/completions"] = b""
+    with pytest.raises(Unavailable):
+        await run_line(commands, "ask hi")
+    host.answers["/v1/chat/completions"] = HELLO
+    host.answers["/v1/models"] = http_answer('{"data": [{"id": "second"}]}')
+    assert (await run_line(commands, "ask hi"))["model"] == "second"
+    assert "model second at" in language.detail
+
+
+# ---- kept connections -------------------------------------------------------------------------
+
+
+async def test_connection_is_kept_for_the_next_request(host: Any) -> None:
+    language, commands = asking(host.url)
+    for _ in range(5):
+        await language.check()
+        await run_line(commands, "ask hi")
+    assert host.connections == 1 and len(host.requests) == 10
+    await asyncio.gather(*[run_line(commands, "ask hi") for _ in range(12)])
+    idle: Any = language.server.idle  # type: ignore[union-attr]
+    assert 1 <= len(idle._kept) <= 4
+    await language.stop()
+    assert not idle._kept
+
+
+async def test_connection_that_the_server_closed_is_not_used(host: Any) -> None:
+    _, commands = asking(host.url, model="tiny")
+    for count in range(1, 4):
+        assert (await run_line(commands, "ask hi"))["text"] == "Hello"
+        assert host.connections == count
+        host.lost.clear()
+        host.close_all()
+        await asyncio.wait_for(host.lost.wait(), DEADLINE_S)
+
+
+async def test_request_is_sent_again_only_where_nothing_was_sent(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language, commands = asking(host.url, model="tiny")
+    await run_line(commands, "ask hi")
+    # It looked alive, but is closed when it is written to: nothing is lost, a new one is made.
+    monkeypatch.setattr("karna.models._has_news", lambda sock: sock.shutdown(socket.SHUT_WR))
+    assert (await run_line(commands, "ask hi"))["text"] == "Hello"
+    assert host.connections == 2 and len(host.requests) == 2
+    # The request went out, and the server closed: nobody knows whether it was begun.
+    monkeypatch.setattr("karna.models._has_news", lambda sock: False)
+    host.answers["/v1/chat/completions"] = b""
+    with pytest.raises(Unavailable):
+        await run_line(commands, "ask hi")
+    assert len(host.requests) == 3 and language.state == "degraded"
+
+
+@pytest.mark.parametrize("way", ["idle too long", "not all read", "the server says close"])
+async def test_connection_is_not_kept(way: str, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, commands = asking(host.url, model="tiny")
+    if way == "idle too long":
+        monkeypatch.setattr("karna.models.MAX_IDLE_S", 0.0)
+    elif way == "not all read":
+        text = events(token("Hello")) + "data: more\n\n" * 200
+        host.answers["/v1/chat/completions"] = http_answer(text, kind=STREAM_TYPE)
+    else:
+        closing = HELLO.replace(b"Content-Type", b"Connection: close\r\nContent-Type")
+        host.answers["/v1/chat/completions"] = closing
+    for _ in range(2):
+        assert (await run_line(commands, "ask hi"))["text"] == "Hello"
+    assert host.connections == 2
+
+
+async def test_no_client_holds_all_requests_to_a_model_server(host: Any) -> None:
+    """Of 16 at a time one owner has 4; another's is answered meanwhile."""
+    _, commands = asking(host.url, model="tiny")
+    host.answers["/v1/chat/completions"] = None
+    greedy = object()
+    lines = [
+        asyncio.ensure_future(run_line(commands, "ask x", Context(owner=greedy))) for _ in range(20)
+    ]
+    await until(lambda: len(host.requests) == 4)
+    host.answers["/v1/chat/completions"] = HELLO
+    assert (await run_line(commands, "ask hi", Context(owner=object())))["text"] == "Hello"
+    assert len(host.requests) == 5
+    for line in lines:
+        line.cancel()
+    await asyncio.gather(*lines, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Commands as tools: what a model is told of progress and results."""
+"""Commands as tools: what a model is told of progress and results, and a person of a call."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import orjson
 import pytest
 
 from karna.errors import CommandFailed
-from karna.tools import MAX_MEDIA_BYTES, content_of, describe_progress
+from karna.tools import MAX_MEDIA_BYTES, content_of, describe_progress, line_of
+from services import CommandProcessor, Text
 from support_mcp import PNG
-from support_property import JSON, PROPERTY, given
+from support_property import JSON, PROPERTY, given, settings, st
 
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 SOUND = "data:audio/wav;base64,UklGRg=="
@@ -84,7 +85,10 @@ def test_text_that_is_no_image_stays_text(text: str) -> None:
 
 
 def test_image_that_is_too_long_is_told() -> None:
-    for value in (b"x" * (MAX_MEDIA_BYTES + 1), "data:image/png;base64," + "A" * 2 * MAX_MEDIA_BYTES):
+    for value in (
+        b"x" * (MAX_MEDIA_BYTES + 1),
+        "data:image/png;base64," + "A" * 2 * MAX_MEDIA_BYTES,
+    ):
         (content,) = content_of(value)["content"]
         assert content["type"] == "text" and "too long for a model" in content["text"]
 
@@ -93,3 +97,59 @@ def test_image_that_is_too_long_is_told() -> None:
 def test_what_json_cannot_hold_is_refused(value: Any) -> None:
     with pytest.raises(TypeError):
         orjson.dumps(content_of(value))
+
+
+def lines() -> CommandProcessor:
+    commands = CommandProcessor(builtins=False)
+
+    @commands.command
+    def move(
+        x: int, y: float = 0.5, *tags: str | None, fast: bool = False, to: str = ""
+    ) -> Any: ...
+
+    @commands.command
+    def say(minutes: int, text: Text = "", *, by: str = "", loud: bool = True) -> Any: ...
+
+    @commands.command
+    def free(what: Any, **more: Any) -> Any: ...
+
+    return commands
+
+
+LINES: list[tuple[str, dict[str, Any], str]] = [
+    ("move", {"x": 3}, "move 3"),
+    ("move", {"x": 3, "tags": ["a", "b c"], "fast": True}, "move --fast 3 0.5 a 'b c'"),
+    ("move", {"x": 3, "y": 1, "to": "it's", "fast": False}, "move --no-fast --to 'it'\"'\"'s' 3 1"),
+    ("say", {"minutes": 5, "text": "it's \"late\""}, "say 5 it's \"late\""),
+    ("say", {"minutes": 5, "text": "'quoted'"}, "say 5 \"'quoted'\""),
+    ("say", {"minutes": 5, "text": "-- a \\ \""}, 'say 5 "-- a \\\\ \\""'),
+    ("say", {"minutes": 5, "text": "a --by b", "loud": False}, 'say --no-loud 5 "a --by b"'),
+    ("say", {"minutes": 5, "text": " a "}, 'say 5 " a "'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments", "line"), LINES)
+def test_line_of_a_call_is_what_a_person_would_type(
+    name: str, arguments: dict[str, Any], line: str
+) -> None:
+    commands = lines()
+    command = commands.commands[name]
+    assert line_of(command, arguments) == line
+    typed = commands.prepare(line)
+    assert (typed.args, typed.kwargs) == command.bind((), arguments)
+
+
+def test_line_of_a_call_hides_nothing() -> None:
+    free = lines().commands["free"]
+    assert line_of(free, {"what": {"a": [1, None]}, "x": 2}) == "free '{\"a\": [1, null]}' --x=2"
+    assert line_of(free, {"what": "a\n\u202eb\x00\ud800"}) == "free 'a\\n\\u202eb\\x00?'"
+    assert len(line_of(free, {"what": "x" * 10_000})) == 10_005
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_any_text_that_prints_can_be_typed_again(text: str) -> None:
+    if text.isprintable() and text.strip():
+        commands = lines()
+        line = line_of(commands.commands["say"], {"minutes": 1, "text": text})
+        assert commands.prepare(line).args == [1, text]
