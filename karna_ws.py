@@ -215,7 +215,8 @@ class WebSocketManager(ServedHub):
             "Greet somebody."
             return f"Hello, {name}!"
 
-        asyncio.run(serve(manager, port=8000))
+        if __name__ == "__main__":  # or: python karna_ws.py THIS_FILE.py
+            asyncio.run(serve(manager, port=8000))
     """
 
     commands: CommandProcessor
