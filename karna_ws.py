@@ -25,45 +25,47 @@ described in README.md.
 
 from __future__ import annotations
 
+import karna.needs  # noqa: F401  (first: it says what has to be installed)
+
 import asyncio
 import functools
 import gc
 import os
 import sys
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast, overload
 
 from orjson import JSONDecodeError, dumps, loads
 from websockets.frames import CloseCode
 
+from karna import trace
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
-from karna.calls import NO_GROUPS, Client, Request, submit
-from karna.command import Call, Command, as_handler
-from karna.config import Config, make_config
+from karna.calls import Client, Request, submit
+from karna.command import Call, Command, as_handler, decorator
+from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import HOLD_CONNECT, NEVER, Door
-from karna.context import Context
+from karna.door import Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
-from karna.errors import Unavailable, UsageError, explain
+from karna.errors import Unavailable, UsageError, name_stray
 from karna.frames import PING_FRAME, frame_binary, frame_text
 from karna.history import Entry, replay_bytes, with_group
 from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
 from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
 from karna.jsonrpc import refuse_json
 from karna.listen import stopping_on_signals
+from karna.log import log
+from karna.model_service import ModelService
 from karna.server import ServedHub, Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
-from karna.text import encodable
-from services import CommandProcessor, LanguageService, VisionService, notification
+from services import CommandProcessor, Function, LanguageService, VisionService
+from services import notification
 
 if TYPE_CHECKING:
     import argparse
@@ -75,8 +77,6 @@ __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
 FULL_TEXT = "the server is full (--max-clients)"
-LAG_S = 1.0  # to read from the backplane what another process has sent to a client already
-REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its client reads it
 
 
 
@@ -88,12 +88,12 @@ REPLAY_AT_ONCE_BYTES = 64 * 1024  # of a replay; a longer one is sent as its cli
 class RawClient(Client, Door):
     """The raw door: each message is a JSON request or answer."""
 
-    __slots__ = ("since",)
+    __slots__ = ()
     door = "raw"
 
     def __init__(self, connection: Connection, manager: WebSocketManager, since: str | None):
         super().__init__(connection, manager, connection.name)
-        self.since = since  # the offset it comes back with
+        self.since = since
 
     def receive(self, payload: bytes, is_text: bool) -> bytes | None:
         try:
@@ -115,7 +115,7 @@ class RawClient(Client, Door):
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.connection.send_frame(frame_text(envelope))
 
-    def welcome(self, missed: Sequence[Entry] | None) -> None:
+    def welcome(self, missed: list[Entry] | None) -> None:
         """It is in: send what it missed."""
         if missed is not None:
             self.connection.allow(replay_bytes(missed))
@@ -166,6 +166,8 @@ class SocketIoDoor(SocketIoSession):
         if not self.is_authorized:
             if not token_matches(manager.config.token, auth.get("token")):
                 manager.metrics.refusals["token"] += 1
+                if manager.traces:
+                    trace.refused(self.connection, "unauthorized")
                 return self.refuse(namespace, "unauthorized: " + TOKEN_TEXT, code="unauthorized")
             if self.connection not in manager.seats:
                 if manager.is_full:
@@ -215,6 +217,8 @@ class WebSocketManager(ServedHub):
         asyncio.run(serve(manager, port=8000))
     """
 
+    commands: CommandProcessor
+
     def __init__(
         self, commands: CommandProcessor | None = None, services: Iterable[Service] = ()
     ) -> None:
@@ -224,10 +228,9 @@ class WebSocketManager(ServedHub):
         makers = (Service.get_status, CommandProcessor.get_status)
         self.board = StatusBoard(self.services, self.commands, makers)
         self.commands.use_broadcaster(self)
+        self.commands.log_gate = self.log_gate
         self.methods: dict[str, Command] = {}
-        self.handlers: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
-        self._parted: OrderedDict[Any, Any] = OrderedDict()  # state and groups of who may recover
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self.mcp: Mcp | None = None  # from the first assistant on
         self._route = functools.partial(route, self)
@@ -235,6 +238,7 @@ class WebSocketManager(ServedHub):
 
     def _make_services(self, given: Iterable[Service]) -> dict[str, Service]:
         services = {service.name: service for service in given}
+        self.brought = frozenset(services)  # by the program: flags leave them as they are
         vision = services.pop("vision", None) or VisionService()
         language = services.pop("language", None) or LanguageService()
         for service in (vision, language):
@@ -259,7 +263,10 @@ class WebSocketManager(ServedHub):
         self.commands.timeout_s = config.command_timeout_s
         # What the fast lane may run, unless a program decides about each line itself.
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
-        self.prepared: dict[str, Call] = self.commands.prepared if is_ours else {}
+        self.traces = trace.is_wanted()
+        has_lane = is_ours and not self.traces
+        self.prepared: dict[str, Call] = self.commands.prepared if has_lane else {}
+        self.prepare_inline = self.commands.prepare_inline if has_lane else _prepare_nothing
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
@@ -282,42 +289,61 @@ class WebSocketManager(ServedHub):
         """Start no command any more; answer what runs."""
         self.is_draining = True
         self.prepared = {}
+        self.prepare_inline = _prepare_nothing
         if self.mcp is not None:
             self.mcp.stop()
 
     # What an embedding program registers.
 
-    def method(self, name: str, *, inline: bool = False) -> Callable[[Any], Any]:
-        """Decorator: clients may call the function as RPC method `name`.
+    @overload
+    def method(self, name: Function, /) -> Function: ...
+
+    @overload
+    def method(
+        self, name: str | None = None, *, inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def method(self, name: Any = None, *, inline: bool = False) -> Any:
+        """Decorator: clients may call the function as RPC method `name`, or by its own name.
 
         `params` reach its parameters by name and type; one annotated Context gets the call's
         Context. What it returns is the answer's `data`. `async def` runs on the loop, plain `def`
         in a thread, with `inline=True` at once on the loop (it must never block).
         """
 
-        def register(function: Any) -> Any:
+        def register(name: str, function: Any) -> None:
             if name in BUILT_IN_METHODS or name in self.methods:
                 raise ValueError(f"method {name!r} exists already")
-            self.methods[name] = Command(function, name=name, inline=inline)
-            return function
+            command = self.methods[name] = Command(function, name=name, inline=inline)
+            command.title = f"method {name}"
 
-        return register
+        return decorator(register, name)
 
-    def on(self, event: str, *, inline: bool = False) -> Callable[[Any], Any]:
+    @overload
+    def on(self, event: Function, /) -> Function: ...
+
+    @overload
+    def on(
+        self, event: str | None = None, *, inline: bool = False
+    ) -> Callable[[Function], Function]: ...
+
+    def on(self, event: Any = None, *, inline: bool = False) -> Any:
         """Decorator: handle `event` of Socket.IO clients, or any client's coming and going.
 
         connect      handler(client, auth); raising refuses the client with the error's message
+                     (PermissionError: without a traceback in the log)
         disconnect   handler(client, reason)
         any event    handler(client, *args); what it returns is the ack, a tuple several values
+
+        Without a name it is the event that the function is named after.
         """
 
-        def register(function: Any) -> Any:
+        def register(event: str, function: Any) -> None:
             if event == "rpc" or event in self.handlers:
                 raise ValueError(f"event {event!r} has a handler already")
-            self.handlers[event] = as_handler(function, inline)
-            return function
+            self.handlers[event] = as_handler(function, inline, event)
 
-        return register
+        return decorator(register, event)
 
     def handle_message(self, client: Client, payload: bytes, is_text: bool) -> str | bytes | None:
         """Answer one message of the raw door: text for str, binary for bytes, nothing for None.
@@ -384,6 +410,9 @@ class WebSocketManager(ServedHub):
         node = None if self.backplane is None else self.node
         return self.board.encode_answer(self.flushed, node)
 
+    def send_status(self, client: Client) -> None:
+        client.deliver(self.encode_status_answer() + b"}", None)
+
     def offset_changed(self) -> None:
         self.board.forget_answer()
 
@@ -405,146 +434,10 @@ class WebSocketManager(ServedHub):
     def first_door(self, connection: Connection) -> Exchange:
         return Exchange(connection, self._route)
 
-    def admit(self, client: RawClient | SocketIoClient) -> None:
-        """A client asks to come in: its connect handler decides; then it is sent what it missed.
 
-        Until then it is not counted and gets no broadcast.
-        """
-        if self._is_ahead(client.since):
-            self.spawn(self._admit_later(client), f"{client.id} waits for the backplane")
-        else:
-            self._ask(client)
-
-    async def _admit_later(self, client: RawClient | SocketIoClient) -> None:
-        """Wait a bounded time, or the client would get again what it has seen elsewhere."""
-        until = time.monotonic() + LAG_S
-        while self._is_ahead(client.since) and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        self._ask(client)
-
-    def _is_ahead(self, offset: str | None) -> bool:
-        """Has another process sent this to a client, while it is still on its way to this one?"""
-        return self.backplane is not None and offset is not None and self.backplane.is_ahead(offset)
-
-    def _keep_state(self, client: Client) -> None:
-        """For a client that may recover: what a program knows of it, and its groups."""
-        if client._state or client.groups:
-            self._parted[client.namespace, client.id] = client._state, client.groups
-            while len(self._parted) > self.config.max_clients:
-                self._parted.popitem(last=False)
-
-    def _restore_state(self, client: Client) -> None:
-        before = self._members(client).get(client.id)  # a connection not known to be dead yet
-        parted = (None, NO_GROUPS) if before is None else (before._state, before.groups)
-        client._state, groups = self._parted.pop((client.namespace, client.id), parted)
-        for group in groups:
-            client.join(group)
-
-    def _ask(self, client: RawClient | SocketIoClient) -> None:
-        if client.since is not None and client.door == "socket.io":
-            self._restore_state(client)
-        handler = self.handlers.get("connect")
-        if handler is None or not client.is_present:
-            return self._decided(client, None, None)
-        if client.door == "raw":
-            client.connection.hold(HOLD_CONNECT)
-        call = Call(handler, [client, client.auth], {})
-        decided = functools.partial(self._decided, client)
-        self.commands.start_call(call, Context(client, owner=client.connection), decided)
-
-    def _decided(
-        self, client: RawClient | SocketIoClient, value: Any, error: RequestError | None
-    ) -> None:
-        client.connection.release(HOLD_CONNECT)
-        if not client.is_present:
-            return  # it has left meanwhile
-        if error is not None:
-            return client.refuse(encodable(explain(error)))
-        self.flush_broadcasts()  # to the others: this one gets them from the history
-        since, missed = client.since, None
-        if since is not None and not self._is_ahead(since):
-            missed = self.history.since(since)
-        if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
-            self.spawn(self._replay(client, missed), f"replay for {client.id}")
-        else:
-            self._enter(client, missed)
-
-    async def _replay(self, client: RawClient | SocketIoClient, missed: list[Entry]) -> None:
-        """Send a long replay as its client reads it; it is live when it has caught up.
-
-        Until then it is not read: an answer would tell an offset that it has not come to.
-        """
-        client.connection.hold(HOLD_CONNECT)
-        longest_s = self.config.raw_ping_interval_s + self.config.ping_timeout_s
-        left: list[Entry] | None = missed
-        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
-            for entry in self.missed_by(client, left):
-                client.send_missed(entry)
-                if not await client.connection.written_within(longest_s):
-                    return
-            self.flush_broadcasts()
-            left = self.history.since(left[-1].offset)
-        self._enter(client, left)
-
-    def _enter(self, client: RawClient | SocketIoClient, missed: list[Entry] | None) -> None:
-        """It is live from now on."""
-        client.connection.release(HOLD_CONNECT)
-        self._add(client)
-        client.welcome(None if missed is None else self.missed_by(client, missed))
-        if missed is not None and self.backplane is not None:
-            # Status is not in the shared history: a client that returns gets it.
-            client.deliver(self.encode_status_answer() + b"}", None)
-
-    def replay_group(self, client: Client, group: str, since: str) -> None:
-        """Send what was broadcast to one group after an offset."""
-        entries = self.history.since(since)
-        if entries is None:
-            return client.deliver(HISTORY_GAP, None)
-        entries = [each for each in entries if each.group == group]
-        client.connection.allow(replay_bytes(entries))
-        for entry in entries:
-            client.send_missed(entry)
-
-    def is_in(self, client: Client) -> bool:
-        """Was it let in, and has not left?"""
-        return self._members(client).get(client.id) is client
-
-    def _members(self, client: Client) -> dict[str, Any]:
-        if client.door == "socket.io":
-            return self.sockets[client.namespace]
-        return self.raw if client.door == "raw" else {}
-
-    def _add(self, client: RawClient | SocketIoClient) -> None:
-        members = self._members(client)
-        before: Client | None = members.get(client.id)
-        if before is not None:  # its own connection, which we did not know to be dead: it leaves
-            before.connection.close(
-                CloseCode.POLICY_VIOLATION, "the client came back by another connection"
-            )
-        members[client.id] = client
-        if isinstance(client, SocketIoClient):
-            client.session.connect_deadline = NEVER
-
-    def leave(self, client: Client, reason: str) -> None:
-        """A client is gone; its disconnect handler runs if it was let in at all."""
-        client.cancel_calls()
-        if reason == "transport close" and client.door == "socket.io":
-            self._keep_state(client)
-        self.leave_groups(client, client.groups)
-        if not self.is_in(client):
-            return
-        del self._members(client)[client.id]
-        handler = self.handlers.get("disconnect")
-        if handler is not None:
-            self.leaving += 1
-            client.connection.count_leaving(1)
-            call = Call(handler, [client, reason], {})
-            left = functools.partial(self._left, client)
-            self.commands.start_call(call, Context(client, owner=client.connection), left)
-
-    def _left(self, client: Client, value: Any, error: RequestError | None) -> None:
-        self.leaving -= 1
-        client.connection.count_leaving(-1)
+def _prepare_nothing(line: str) -> Call | None:
+    """Where the fast lane is closed."""
+    return None
 
 
 def _function_of(method: Any) -> Any:
@@ -559,14 +452,16 @@ def _function_of(method: Any) -> Any:
 def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: int) -> bytes | None:
     """Answer one request of our own form, now or later. Never raises.
 
-    The fast lane: a command line that is ready to run, and needs no task, needs no Request either.
+    The fast lane: a command line that is bound without a fault, and needs no task, needs no
+    Request either.
     """
     params, wanted = message.get("params"), message.get("id")
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
-        call = manager.prepared.get(line) if type(line) is str else None
-        is_id = type(wanted) is int or type(wanted) in ID_TYPES  # the first is quicker
-        if call is not None and client.calls is None and is_id:
+        call = None
+        if type(line) is str and client.calls is None and type(wanted) in ID_TYPES:
+            call = manager.prepared.get(line) or manager.prepare_inline(line)
+        if call is not None:
             try:
                 value = manager.commands.call_inline(call)
                 data = {"command": line, "result": value}
@@ -583,6 +478,8 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
 
 def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
     """Answer one request, now or later. Never raises."""
+    if request.client.manager.traces:
+        trace.asked(request, message.get("method"), message.get("params"))
     try:
         if type(request.id) not in ID_TYPES:
             request.id = None
@@ -597,6 +494,9 @@ def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:
         if handler is not None:
             return handler(request, params)
         return call_method(request, method, params)
+    except InvalidParams as error:
+        names = parameters_of(request.client.manager, message["method"])
+        return request.refuse(name_stray(error, message, names))
     except FAULTS as exc:
         return request.refuse(exc)
 
@@ -626,11 +526,11 @@ def cancel(request: Request, params: dict[str, Any]) -> bytes | None:
     """RPC method: cancel this client's running or waiting request of id `id`."""
     wanted = params.get("id")
     if not isinstance(wanted, int | str) or isinstance(wanted, bool):
-        raise InvalidParams('"id" must be the id of a running command')
+        raise InvalidParams('"id" in "params" must be the id of a running command')
     calls = request.client.calls
     if calls is None or not calls.cancel(request.client, wanted):
         raise InvalidParams(f"no command with id {wanted!r} is running")
-    return request.encode("command_response", {"cancelled": wanted})
+    return request.result({"cancelled": wanted})
 
 
 def answer(request: Request, params: dict[str, Any]) -> bytes | None:
@@ -638,7 +538,7 @@ def answer(request: Request, params: dict[str, Any]) -> bytes | None:
     number = params.get("call")
     if not request.client.questions.answer(number, params.get("data"), params.get("error")):
         raise InvalidParams(f"no question {number!r} waits for an answer")
-    return request.encode("command_response", {"answered": number})
+    return request.result({"answered": number})
 
 
 BUILT_IN_METHODS: dict[str, Callable[[Request, dict[str, Any]], bytes | None]] = {
@@ -698,6 +598,8 @@ def handle_event(
 
 def handle_program_event(request: Request, handler: Command, args: list[Any]) -> bytes | None:
     """Run the handler that a program has for an event."""
+    if request.client.manager.traces:
+        trace.asked(request, handler.title, None)
     try:
         return submit(request, Call, handler, [request.client, *args], {})
     except FAULTS as exc:
@@ -748,7 +650,8 @@ def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
         check_engine_handshake(head)
     elif head.path not in ("/ws", "/ws/"):
         raise _not_found()
-    may_come_in = is_authorized(manager.config, head)  # else the token comes with CONNECT
+    # The Socket.IO door takes its token with CONNECT; for all others it was asked already.
+    may_come_in = not is_engine or is_authorized(manager.config, head)
     if manager.is_draining or (manager.is_full and may_come_in):
         text = "the server is shutting down" if manager.is_draining else FULL_TEXT
         raise Unavailable(text, headers={"Retry-After": "5"})
@@ -931,7 +834,9 @@ LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore the
 
 
 @asynccontextmanager
-async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Server]:
+async def serving(
+    manager: WebSocketManager, **options: Unpack[Options]
+) -> AsyncIterator[Server]:
     """Serve while the block runs: `async with serving(manager, port=0) as server`.
 
     Options are those of Config. Raises StartError when the server can't start, ValueError or
@@ -945,7 +850,7 @@ async def serving(manager: WebSocketManager, **options: Any) -> AsyncIterator[Se
         await server.close()
 
 
-async def serve(manager: WebSocketManager, **options: Any) -> None:
+async def serve(manager: WebSocketManager, **options: Unpack[Options]) -> None:
     """Serve until SIGTERM, SIGINT or cancellation, then stop gracefully.
 
     Options and errors are those of `serving`. A second signal ends the process at once.
@@ -970,12 +875,21 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     for service in ("vision", "language"):
         if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
             raise ValueError(f"--{service}-model needs --{service}-url")
-    vision = VisionService(url=arguments.vision_url, model=arguments.vision_model)
-    language = LanguageService(
-        url=arguments.language_url, model=arguments.language_model,
-        conversation_turns=arguments.conversation_turns,
-    )  # fmt: skip
-    manager = WebSocketManager(services=[vision, language])
+    if arguments.program is None:
+        manager = WebSocketManager()
+    else:
+        from karna.program import load_manager
+
+        manager = load_manager(arguments.program, WebSocketManager)
+    for service in ("vision", "language"):
+        url, model = getattr(arguments, f"{service}_url"), getattr(arguments, f"{service}_model")
+        if url and service in manager.brought:
+            log.warning("--%s-url is not used: the program has its own service", service)
+        elif url:
+            cast(ModelService, manager.services[service]).use_server(url, model=model)
+    if "language" not in manager.brought:
+        language = cast(LanguageService, manager.services["language"])
+        language.keep_turns(arguments.conversation_turns)
     for program in arguments.allow_program:
         name, _, path = program.partition("=")
         confirm = arguments.confirm_programs
@@ -1015,7 +929,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             last_resort.start()
         last_resort.cancel()
     except (StartError, ValueError) as error:
-        command_line.say(f"karna_ws: {command_line.in_terms_of_flags(error)}", sys.stderr)
+        given = sys.argv[1:] if argv is None else argv
+        command_line.say(f"karna_ws: {command_line.in_terms_of_flags(error, given)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -1023,4 +938,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["karna_ws"] = sys.modules["__main__"]  # a program's import is no second copy
     sys.exit(main())

@@ -34,6 +34,7 @@ from karna.errors import (
     UsageError,
 )
 from karna.kinds import Text
+from karna.log import LogGate, log
 from karna.model_service import ModelService
 from karna.service import Service
 from karna.text import one_line, utc_now
@@ -93,6 +94,7 @@ class CommandProcessor(Service):
         self._threads = ThreadPool(max_threads, "karna-command")
         self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
+        self.log_gate = LogGate()  # or the one that all share
         self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
         self._replaceable: set[str] = set()  # a program may have its own `echo`
         self._ranking: Ranking[Command] | None = None  # made when it is asked
@@ -189,6 +191,16 @@ class CommandProcessor(Service):
             self.prepared[line] = call
         return call
 
+    def prepare_inline(self, line: str) -> Call | None:
+        """`prepare`, for a line of an inline command without a fault; None for any other."""
+        command = self.commands.get(line.partition(" ")[0])
+        if command is None or not command.inline:
+            return None
+        try:
+            return self.prepare(line)
+        except UsageError:
+            return None
+
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
         near = self.suggest(name[:MAX_NAME_CHARS])
@@ -217,7 +229,7 @@ class CommandProcessor(Service):
         except BaseException as error:
             self.failed += 1
             self.touch()
-            raise failure_of(call.command.name, error) from None
+            raise self._failure_of(call.command, error) from None
         self.done += 1  # without touch(): who keeps a status compares `done`, which is cheaper
         return value
 
@@ -256,7 +268,10 @@ class CommandProcessor(Service):
             return Cancelled("cancelled")
         if isinstance(job.error, asyncio.CancelledError) and self.state == "stopped":
             return Unavailable("the server is stopping")
-        return failure_of(command.name, job.error)
+        return self._failure_of(command, job.error)
+
+    def _failure_of(self, command: Command, error: BaseException) -> RequestError:
+        return failure_of(command.title, error, self.log_gate, command.expected)
 
     async def run(self, call: Call, context: Context) -> Any:
         """`start_call`, and wait: its result, or its error raised. Cancelled with this."""
@@ -308,7 +323,10 @@ class CommandProcessor(Service):
         """
         from karna.programs import program_command  # few allow any
 
-        self.add(program_command(name, path, confirm=confirm))
+        command = program_command(name, path, confirm=confirm)
+        if command.name in self._replaceable:
+            log.warning("the program %s takes the place of the built-in command", command.name)
+        self.add(command)
 
 
 async def _last_value(values: AsyncIterator[Any], context: Context) -> Any:
@@ -377,11 +395,15 @@ class LanguageService(ModelService):
     _commands: CommandProcessor | None = None
 
     def __init__(self, *, conversation_turns: int = 8, **options: Any) -> None:
+        super().__init__(**options)
+        self.keep_turns(conversation_turns)
+        self.proposals = Proposals()
+
+    def keep_turns(self, conversation_turns: int) -> None:
+        """Tell the model so many turns again, from now on; 0: none. Raises ValueError."""
         if conversation_turns < 0:
             raise ValueError(f"conversation_turns must be 0 or more, not {conversation_turns}")
-        super().__init__(**options)
         self.conversations = Conversations(conversation_turns)
-        self.proposals = Proposals()
 
     def register(self, commands: CommandProcessor) -> None:
         """Offer the commands `interpret`, `ask`, `do`, `confirm` and `reset`."""

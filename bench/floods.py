@@ -132,6 +132,37 @@ def big_echo() -> bytes:
     return frame(request("echo " + "y" * 20_000))
 
 
+def ping() -> bytes:
+    return b"\x89\x80\0\0\0\0"
+
+
+def shred() -> bytes:
+    """A message in fragments of nothing."""
+    return b"\x01\x80\0\0\0\0" + b"\0\x80\0\0\0\0" * 1000 + b"\x80\x80\0\0\0\0"
+
+
+EMPTY_LISTS = "[" + "[]," * 349_000 + "[]]"  # nearly 1 MiB; each costs an object
+
+
+def lists() -> bytes:
+    return frame(EMPTY_LISTS)
+
+
+def attached() -> bytes:
+    """A namespace is joined, an event with an attachment sent there, and the namespace left."""
+    event = f'451-/ws,["nobody",{EMPTY_LISTS}]'
+    return frame("40/ws,") + frame(event) + b"\x82\x80\0\0\0\0" + frame("41/ws,")
+
+
+TRAILERS = "a\r\n" * 80_000
+
+
+def trailers() -> bytes:
+    """An empty body, and what may follow it."""
+    head = "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return f"{head}0\r\n{TRAILERS}\r\n".encode()
+
+
 @functools.cache
 def chunk_of(make: Callable[[], bytes]) -> tuple[bytes, int]:
     """As many different units as are written at once, one at least, and how many they are."""
@@ -180,6 +211,35 @@ async def run_deaf(port: int, count: Count) -> None:
             count(units)
 
 
+async def run_late(port: int, count: Count) -> None:
+    """A packet that ends the session, and pings behind it while that is closed."""
+    async with connected(port, "socket.io") as (reader, writer):
+        reading = asyncio.create_task(read_all(reader))
+        try:
+            writer.write(frame("9"))
+            while not reading.done():
+                writer.write(ping() * 20_000)
+                await writer.drain()
+                count(20_000)
+        finally:
+            reading.cancel()
+
+
+async def run_queue(port: int, count: Count) -> None:
+    """Commands that wait for others to end, and then begin all at once."""
+    async with connected(port, "raw") as (reader, writer):
+        reading = asyncio.create_task(read_all(reader))
+        try:
+            while not reading.done():
+                writer.write(b"".join(frame(request("countdown 0.05")) for _ in range(32)))
+                writer.write(b"".join(interpret() for _ in range(250)))
+                await writer.drain()
+                count(250)
+                await asyncio.sleep(0.1)
+        finally:
+            reading.cancel()
+
+
 async def run_half(port: int, count: Count) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(50):
@@ -219,6 +279,13 @@ FLOODS = {
         pump("post", "POST of unknown commands, pipelined", post, "http"),
         pump("rejoin", "CONNECT and DISCONNECT of a namespace, pipelined", rejoin, "socket.io"),
         pump("notify", "`notify`, pipelined", notify),
+        pump("ping", "pings, pipelined", ping),
+        pump("shred", "messages in 1,000 fragments without a byte", shred),
+        pump("lists", "messages of 1 MiB, all of it empty lists", lists),
+        pump("attached", "events of 1 MiB with an attachment", attached, "socket.io"),
+        pump("trailers", "GET with 80,000 trailers", trailers, "http"),
+        Flood("late", "pings behind what ends the session", run_late),
+        Flood("queue", "250 `interpret` that wait for 32 commands to end", run_queue),
         Flood("deaf", "answers of 20 KB that are never read", run_deaf),
         Flood("half", "handshakes that are never finished", run_half),
         Flood("program", "`yes ''`: a program that prints as fast as it can", run_program),

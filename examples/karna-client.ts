@@ -4,6 +4,7 @@
  *     const karna = new KarnaClient('ws://localhost:8000/ws');
  *     karna.on('notification', ({ message }) => console.log(message));
  *     const { result } = await karna.command('countdown 3', { onProgress: console.log });
+ *     karna.answer('confirm', (question) => window.confirm(question)); // the server asks
  *     karna.close();
  *
  * It reconnects by itself and asks for the broadcasts it missed (`?since=`). Requests made while it
@@ -20,7 +21,13 @@ export interface ServiceStatus {
 export type Status = Record<string, ServiceStatus>;
 export type CommandResult<Result = unknown> = { command: string; result: Result };
 export type Notification = { message: string; level: 'info' | 'warning' | 'error'; time: string };
-export type Envelope = { type: string; data: any; id?: string | number; offset?: string };
+export type Envelope = {
+  type: string;
+  data: any;
+  id?: string | number;
+  offset?: string;
+  call?: number;
+};
 
 /** An `error` answer, or this client's `disconnected`, `closed`, `busy`. `data` has the details. */
 export class KarnaError extends Error {
@@ -90,12 +97,14 @@ interface Pending {
 }
 
 type Listener = (value: any) => void;
+type Answer = (...args: any[]) => unknown;
 
 export class KarnaClient {
   private readonly options: Required<Omit<KarnaOptions, 'token'>>;
   private readonly url: URL;
   private readonly pending = new Map<number, Pending>();
   private readonly listeners = new Map<keyof KarnaEvents, Set<Listener>>();
+  private readonly answers = new Map<string, Answer>();
   private socket: SocketLike | undefined;
   private isOpen = false;
   private isClosed = false;
@@ -122,6 +131,14 @@ export class KarnaClient {
     const known = this.listeners.get(event) ?? new Set<Listener>();
     this.listeners.set(event, known.add(listener));
     return () => void known.delete(listener);
+  }
+
+  /**
+   * Answer the server's calls of `event` with what the function returns, now or later; what it
+   * throws is the error that the server gets.
+   */
+  answer(event: string, answer: Answer): void {
+    this.answers.set(event, answer);
   }
 
   /** Run a command line; further `params` reach the command by name. Rejects with a KarnaError. */
@@ -190,7 +207,11 @@ export class KarnaClient {
     };
     socket.onopen = own(() => this.opened(resumed));
     socket.onmessage = own((event) => this.receive(JSON.parse(event.data)));
-    socket.onerror = () => {}; // `close` follows and says the same
+    // `close` follows and says the same; but not in Node 22 when a connection was never made
+    // (nodejs/undici#3546).
+    socket.onerror = own(() => {
+      if (!this.isOpen) setTimeout(own(() => this.ended(1006, '')), 100);
+    });
     socket.onclose = own((event) => this.ended(event.code, event.reason));
   }
 
@@ -223,6 +244,8 @@ export class KarnaClient {
       const pending = this.pending.get(Number(id)); // none: it was given up
       if (type === 'command_progress') pending?.onProgress?.(data.progress);
       else pending?.settle(error, data);
+    } else if (message.call !== undefined) {
+      void this.reply(message);
     } else if (error) {
       this.emit(error.code === 'history_gap' ? 'gap' : 'error', error);
       if (error.code === 'history_gap') this.refreshStatus();
@@ -231,6 +254,20 @@ export class KarnaClient {
       if (type === 'notification') this.emit('notification', data);
       this.emit('broadcast', message);
     }
+  }
+
+  private async reply({ data: { event, args }, call }: Envelope): Promise<void> {
+    const socket = this.socket;
+    let params: object;
+    try {
+      const answer = this.answers.get(event);
+      if (!answer) throw new Error(`this client does not answer ${event}`);
+      params = { call, data: (await answer(...args)) ?? null };
+    } catch (error) {
+      params = { call, error: error instanceof Error ? error.message : String(error) };
+    }
+    // The server forgets its calls with their connection.
+    if (this.isOpen && this.socket === socket) this.write('answer', params, ++this.lastId);
   }
 
   private refreshStatus(): void {

@@ -20,15 +20,16 @@ from orjson import OPT_NON_STR_KEYS, dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
-from karna.connection import Connection
+from karna.connection import SHARE_S, Connection
 from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
 from karna.envelopes import NOT_JSON, encode_json
-from karna.errors import FAULTS, CommandFailed, RequestError, Unavailable, explain
+from karna.errors import FAULTS, ClientLeft, CommandFailed, RequestError, Unavailable, explain
 from karna.history import Entry
 from karna.hub import Hub
 from karna.questions import Questions
 from karna.text import encodable
+from karna.trace import answered
 from karna.work import Job
 
 NO_GROUPS: frozenset[str] = frozenset()
@@ -64,7 +65,7 @@ class Client:
 
     __slots__ = (
         "__weakref__", "_questions", "_state", "auth", "calls", "connection", "groups", "id",
-        "manager",
+        "manager", "since",
     )  # fmt: skip
     door: ClassVar[str] = ""
     namespace = "/"
@@ -74,6 +75,7 @@ class Client:
         self.manager = manager
         self.id = id
         self.auth: dict[str, Any] = {}
+        self.since: str | None = None  # the offset that it comes back with, if it does
         self.groups: frozenset[str] = NO_GROUPS  # that it has joined
         self._state: dict[str, Any] | None = None
         self._questions: Questions | None = None  # made with the first
@@ -92,6 +94,7 @@ class Client:
         A group joined in a connect handler is replayed with the rest to a client that comes back.
         since: the offset from which a group that is joined later is replayed now; where that is
         no longer kept, the client gets an `error` with code `history_gap`.
+        Raises ConnectionError for a client that does not stay, such as one of the HTTP door.
         """
         self.manager.join_group(self, group)
         if since is not None:
@@ -117,7 +120,7 @@ class Client:
     async def _sent(self) -> None:
         """What every sending ends with: a program that sends in a loop must not be the only one."""
         if not self.is_present:
-            raise ConnectionError(f"client {self.id} has left")
+            raise ClientLeft(f"client {self.id} has left")
         await self.connection.written()
 
     async def emit(self, event: str, *args: Any) -> None:
@@ -138,7 +141,7 @@ class Client:
         """
         if not self.manager.is_in(self):  # no client of the HTTP door ever is
             text = f"client {self.id} ({self.door}) can't be asked: it is not in, or has left"
-            raise ConnectionError(text)
+            raise ClientLeft(text)
         return await self.questions.ask(self, event, args, timeout_s)
 
     @property
@@ -150,6 +153,14 @@ class Client:
 
     def send_question(self, number: int, event: str, args: tuple[Any, ...]) -> None:
         """Send a question in the door's own form."""
+        raise NotImplementedError
+
+    def welcome(self, missed: list[Entry] | None) -> None:
+        """It is in: send what it missed; None where that is not known, or it does not come back."""
+        raise NotImplementedError
+
+    def refuse(self, message: str) -> None:
+        """It may not come in."""
         raise NotImplementedError
 
     def send_missed(self, entry: Entry) -> None:
@@ -183,7 +194,7 @@ class Request:
     line: the command line of an `execute_command`, which answers repeat.
     """
 
-    __slots__ = ("ack", "client", "id", "is_done", "job", "line", "size", "started")
+    __slots__ = ("ack", "client", "id", "is_done", "job", "line", "size", "started", "trace")
     is_done: bool
     job: Job | None
     started: float
@@ -196,6 +207,7 @@ class Request:
         self.ack = ack
         self.size = size
         self.line = line
+        self.trace: tuple[str, float] | None = None  # its name and time, where the log shows it
         # started, job and is_done are set by Calls.run: most requests never need them.
 
     @property
@@ -210,12 +222,17 @@ class Request:
         if self.line is not None:
             value = {"command": self.line, "result": value}
         try:
-            return self.encode("command_response", value)
+            answer = self.encode("command_response", value)
         except NOT_JSON:
-            return self._special("command_response", value, self.ack)
+            answer = self._special("command_response", value, self.ack)
+        if self.trace is not None:
+            answered(self, "ok")
+        return answer
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
         """The final answer of a request that did not succeed."""
+        if self.trace is not None:
+            answered(self, code)
         error = {"code": code, "message": message}
         if self.line is not None:
             error["command"] = self.line
@@ -241,6 +258,8 @@ class Request:
 
     def answer_status(self, envelope: bytes, status: bytes) -> bytes | None:
         """The answer to `get_status`: the envelope as encoded up to its id; the object alone."""
+        if self.trace is not None:
+            answered(self, "ok")
         if self.id is None:
             return envelope + b"}"
         return b'%b,"id":%b}' % (envelope, dumps(self.id))
@@ -335,6 +354,7 @@ class Calls:
 
     __slots__ = (
         "clients", "connection", "manager", "parallel", "running", "serial", "serial_running",
+        "waits_for_turn",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, manager: Any) -> None:
@@ -345,6 +365,7 @@ class Calls:
         self.serial_running: Request | None = None
         self.serial: deque[tuple[Request, Callable[[], Call]]] = deque()
         self.parallel: deque[tuple[Request, Callable[[], Call]]] = deque()
+        self.waits_for_turn = False
 
     def submit(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
         """Start the request, or let it wait. Raises what `prepare` raises."""
@@ -398,8 +419,18 @@ class Calls:
         self.manager.metrics.count_task(code, perf_counter() - request.started)
         if request.client.calls is self:  # it is still there
             request.deliver(self._answer_to(request, value, error))
+        elif request.trace is not None:
+            answered(request, f"{code}, nobody waits for it")
+        if not self.waits_for_turn:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Start what waits, as far as it may; others first when that takes long."""
+        self.waits_for_turn = False
         self._start_waiting()
-        if not self.running:  # nothing waits either: the shorter way is open again
+        if self.waits_for_turn:
+            self.manager.turns.wait(self._go_on)
+        elif not self.running:  # nothing waits either: the shorter way is open again
             for client in self.clients:
                 client.calls = None
             self.connection.calls = None
@@ -411,7 +442,11 @@ class Calls:
             return request.refuse(exc)
 
     def _start_waiting(self) -> None:
+        until = perf_counter() + SHARE_S
         while not self._is_full:
+            if perf_counter() > until:
+                self.waits_for_turn = True
+                break
             if self.serial and self.serial_running is None:
                 request, prepare = self.serial.popleft()
             elif self.parallel:

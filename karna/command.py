@@ -12,13 +12,14 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, get_args
 
 from orjson import dumps, loads
 
 from karna.context import Context
-from karna.errors import UsageError
-from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null
+from karna.errors import CommandFailed, UsageError
+from karna.kinds import ANY, KINDS, MAX_ITEMS, Kind, Schema, kind_of, without_null, word_of
 from karna.words import MAX_WORDS, cut_word, skip_blanks, stems_of, unquoted
 
 _REQUIRED: Any = inspect.Parameter.empty
@@ -70,8 +71,8 @@ class Parameter:
     def describe(self) -> dict[str, Any]:
         """As `help` shows it."""
         shown = {"name": self.name, "type": self.kind.name, "required": self.is_required}
-        if isinstance(self.default, str | int | float | None):
-            shown["default"] = self.default
+        if isinstance(self.told_default, str | int | float | None):
+            shown["default"] = self.told_default
         if self.kind.choices:
             shown["choices"] = list(self.kind.choices)
         if self.is_repeated or self.is_text:
@@ -88,8 +89,14 @@ class Parameter:
             schema: Schema = {"type": "array", "items": without_null(self.kind.schema)}
             schema |= {"minItems": 1} if self.is_required else {}
         else:
-            schema = self.kind.schema | ({"default": self.default} if self._has_default else {})
+            default = {"default": self.told_default} if self._has_default else {}
+            schema = self.kind.schema | default
         return schema | ({"description": description} if description else {})
+
+    @property
+    def told_default(self) -> Any:
+        """The default as a caller would give it."""
+        return word_of(self.default) if isinstance(self.default, Enum) else self.default
 
     @property
     def _has_default(self) -> bool:
@@ -97,7 +104,8 @@ class Parameter:
         if self.default is None:
             return self.kind.nullable
         try:
-            return bool(loads(dumps(self.default)) == self.default)  # nan becomes null
+            told = self.told_default
+            return bool(loads(dumps(told)) == told)  # nan becomes null
         except TypeError:
             return False
 
@@ -141,11 +149,13 @@ class Command:
         destructive: bool | None = None,
     ) -> None:
         if not callable(function):
-            raise TypeError(f"a command is made from a function, not from {function!r}")
+            hint = f"; its name goes into name={function!r}" if isinstance(function, str) else ""
+            raise TypeError(f"a command is made from a function, not from {function!r}{hint}")
         self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name = name or name_of(function)
         self.aliases = tuple(aliases)
         self.names = (self.name, *self.aliases)
+        self.title = f"command {self.name}"  # in logs
         for each in self.names:
             if not re.fullmatch(r"[^\s\"'\\]+", each) or not each.isprintable():
                 raise ValueError(f"a command's name is one word without quotes, not {each!r}")
@@ -157,6 +167,7 @@ class Command:
         self.confirm = confirm
         self.read_only = read_only
         self.destructive = destructive
+        self.expected: tuple[type[Exception], ...] = ()  # that it raises to say no: no bugs
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
@@ -420,16 +431,67 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def as_handler(function: Callable[..., Any], inline: bool) -> Command:
-    """An event handler in a Command's clothes: called with the values as they are."""
+def decorator(register: Callable[[str, Any], None], given: Any) -> Any:
+    """A decorator that registers functions, used bare or called with a name or without one.
 
-    async def call_async(*args: Any) -> Any:
-        return await function(*args)
+    given: the function, the name, or None. The name is by default the function's own.
+    """
+
+    def decorate(function: Any) -> Any:
+        register(given if isinstance(given, str) else name_of(function), function)
+        return function
+
+    if given is None or isinstance(given, str):
+        return decorate
+    if not callable(given):
+        raise TypeError(f"a name is a text, not {given!r}")
+    return decorate(given)
+
+
+def name_of(function: Any) -> str:
+    """The name that a function, or another thing to be called, was given where it was made."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+# What handlers are called with: of any other event with the client and the event's own values.
+LIFE_EVENTS = {"connect": ("client", "auth"), "disconnect": ("client", "reason")}
+
+
+def as_handler(function: Callable[..., Any], inline: bool, event: str = "") -> Command:
+    """An event handler in a Command's clothes: called with the values as they are.
+
+    Raises TypeError for one that could not be called with them.
+    """
 
     def call(*args: Any) -> Any:
-        return function(*args)
+        try:
+            return function(*args)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise
+            # It was not even entered: the client sent more values, or fewer, than it takes.
+            raise CommandFailed(str(error)) from None
 
+    async def call_async(*args: Any) -> Any:
+        return await call(*args)
+
+    _check_handler(function, event)
     is_async = inspect.iscoroutinefunction(function)
     command = Command(call_async if is_async else call, name="handler", inline=inline)
-    command.is_handler = True
+    command.is_handler, command.title = True, f"handler of {event!r}"
+    command.expected = (PermissionError,) if event == "connect" else ()
     return command
+
+
+def _check_handler(function: Callable[..., Any], event: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some written in C tell none
+        return
+    values = LIFE_EVENTS.get(event)
+    bind = signature.bind if values else signature.bind_partial
+    try:
+        bind(*(values or ("client",)))
+    except TypeError:
+        wanted = ", ".join(values or ("client", "*args"))
+        raise TypeError(f"a handler of {event!r} takes ({wanted}), not {signature}") from None

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -38,22 +38,60 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:  # without the usage: one line
-            self.exit(2, f"karna_ws: {message}; --help shows the flags\n")
+            hint = _meant(message, self._option_string_actions)
+            self.exit(2, f"karna_ws: {message}; {hint or '--help shows the flags'}\n")
 
     parser = Parser(
         prog="karna_ws.py",
-        usage="karna_ws.py [FLAG ...]",
+        usage="karna_ws.py [FLAG ...] [PROGRAM.py]",
         description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
         epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "
         "lists are separated by commas there.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
+    parser.add_argument(
+        "program", nargs="?", metavar="PROGRAM.py",
+        help="a file of your own that makes `manager = WebSocketManager()`: serve that",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"karna_ws {version}")
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for option in fields(Config):
         _add_flag(groups[option.metadata["group"]], option)
     _add_host_flags(groups)
     return parser
+
+
+def _meant(message: str, known: Iterable[str]) -> str:
+    """The flag that an unknown one is near to."""
+    _, _, unknown = message.partition("unrecognized arguments: ")
+    for word in unknown.split():
+        near = _nearest(word.partition("=")[0], known) if word.startswith("-") else None
+        if near:
+            return f"did you mean {near}?"
+    return ""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    from difflib import get_close_matches  # with the first mistake
+
+    return next(iter(get_close_matches(word, known, 1, 0.7)), None)
+
+
+def _reading(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What argparse calls with the text of a flag, or of its variable."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            if not isinstance(text, _Variable):
+                raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}") from None
+            raise StartError(f"{text.name} must be {words}, not {str(text)!r}") from None
+
+    import argparse
+
+    words = "a whole number" if kind is int else "a number"
+    return read
 
 
 def _add_flag(group: Any, option: Any) -> None:
@@ -72,7 +110,8 @@ def _add_flag(group: Any, option: Any) -> None:
         more["help"] += " (repeatable)"
     else:
         kind = {"int": int, "float": float, "float | None": float}.get(str(option.type), str)
-        more |= {"type": kind, "metavar": metavar, "default": default if given is None else given}
+        more |= {"type": _reading(kind), "metavar": metavar}
+        more["default"] = default if given is None else given
         more["help"] += "" if default is None else " (default: %(default)s)"
     group.add_argument(flag, **more)
 
@@ -86,8 +125,17 @@ def _variable(flag: str) -> str:
     return "KARNA_" + flag.removeprefix("--").replace("-", "_").upper()
 
 
-def _environment(flag: str) -> str | None:
-    return os.environ.get(_variable(flag)) or None
+class _Variable(str):
+    """The text of a variable, which takes the blame for what is wrong with it."""
+
+    name: str
+
+
+def _environment(flag: str) -> _Variable | None:
+    name = _variable(flag)
+    text = _Variable(os.environ.get(name, ""))
+    text.name = name
+    return text or None
 
 
 def _read_bool(flag: str, text: str) -> bool:
@@ -135,22 +183,31 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
 
 def warn_of_misspelt(environment: Iterable[str], arguments: Iterable[str]) -> None:
     """A variable that is nearly one of ours does nothing, and its owner should know."""
-    flags = [*map(_flag, fields(Config)), *arguments, "vision-key", "language-key"]
+    given = [name for name in arguments if name != "program"]  # which no variable sets
+    flags = [*map(_flag, fields(Config)), *given, "vision-key", "language-key"]
     known = {_variable(flag) for flag in flags}
     for name in environment:
         if name.startswith("KARNA_") and name not in known:
-            from difflib import get_close_matches
-
-            for meant in get_close_matches(name, known, 1, 0.8):
+            meant = _nearest(name, known)
+            if meant:
                 log.warning("the variable %s means nothing; is it %s?", name, meant)
 
 
-def in_terms_of_flags(error: Exception) -> str:
-    """An error's text; the option that it begins with as the flag that people know."""
+def in_terms_of_flags(error: Exception, arguments: Sequence[str] = ()) -> str:
+    """An error's text; the option that it begins with as what its owner wrote: flag or variable."""
     name, _, rest = str(error).partition(" ")
     flags = {option.name: _flag(option) for option in fields(Config)}
-    flags["conversation_turns"] = "--conversation-turns"
-    return f"{flags.get(name, name)} {rest}"
+    flag = {**flags, "conversation_turns": "--conversation-turns"}.get(name, name)
+    is_flag = flag.startswith("--")
+    if is_flag and _environment(flag) and not any(map(functools.partial(_is, flag), arguments)):
+        flag = _variable(flag)
+    return f"{flag} {rest}"
+
+
+def _is(flag: str, argument: str) -> bool:
+    """Is this argument the flag, perhaps cut short?"""
+    word = argument.partition("=")[0]
+    return len(word) > 2 and flag.startswith(word)
 
 
 def describe_server(version: str, config: Config, listening: socket.socket) -> str:

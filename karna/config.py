@@ -10,9 +10,9 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from karna.packets import MAX_NAMESPACE_BYTES
 
@@ -149,6 +149,40 @@ class Config:
         return 25.0 if self.ping_interval_s is None else self.ping_interval_s
 
 
+class Options(TypedDict, total=False):
+    """The keyword options of `serve()` and `serving()`: those of Config, for editors and mypy."""
+
+    host: str
+    port: int
+    unix: str | os.PathLike[str] | None
+    certfile: str | os.PathLike[str] | None
+    keyfile: str | os.PathLike[str] | None
+    reuse_port: bool
+    token: str | None
+    allow_origin: str | Iterable[str] | None
+    allow_host: str | Iterable[str] | None
+    trust_proxy: str | Iterable[str] | None
+    insecure_no_token: bool
+    max_clients: int
+    max_message_bytes: int
+    max_body_bytes: int
+    max_running_commands: int
+    max_unsent_bytes: int
+    command_timeout_s: float
+    open_timeout_s: float
+    close_timeout_s: float
+    grace_s: float
+    ping_interval_s: float | None
+    ping_timeout_s: float
+    connect_timeout_s: float
+    namespaces: str | Iterable[str] | None
+    history_messages: int
+    history_bytes: int
+    recovery: bool
+    backplane: str | None
+    loop: str
+
+
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:(?![/?#])[!-~])+", re.IGNORECASE)
 _TOKEN = re.compile(r"[!-~](?:[ -~]*[!-~])?")
@@ -164,8 +198,20 @@ _OPTION_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 def make_config(options: Mapping[str, Any]) -> Config:
     """Config from keyword options. Raises TypeError or ValueError that names the option."""
     values = dict(options)
+    known = [option.name for option in fields(Config)]
+    for name in sorted(values.keys() - set(known)):
+        raise TypeError(f"there is no option {name!r}{_suggestion(name, known)}")
     for name in values.keys() & {"allow_origin", "allow_host", "trust_proxy", "namespaces"}:
         given = values[name] or ()
         given = (given,) if isinstance(given, str) else given
         values[name] = tuple(given) if isinstance(given, Iterable) else given
     return Config(**values)
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """Which option is meant: flags have names that are near enough, too."""
+    from difflib import get_close_matches  # with the first mistake
+
+    word = name.lower().replace("-", "_").strip("_").removeprefix("no_")
+    near = get_close_matches(word, known, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

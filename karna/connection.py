@@ -22,9 +22,7 @@ Touches the hub it belongs to and the door it has; used by the doors and by the 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Iterable
 from time import perf_counter
 from typing import Any, cast
 
@@ -47,11 +45,13 @@ from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
 from karna.reader import FLUSH_BYTES, EpollReader
 from karna.sender import Sender
+from karna.trace import closed, opened
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
 MAX_MESSAGES = 32  # of one connection handled in a turn; then it waits behind the others...
 SHARE_S = 0.001  # ...as it does after this long
+LATE_BYTES = 2048  # of what still arrives while we close are read in a turn: 340 pings
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 
@@ -101,6 +101,8 @@ class Connection(Sender):
             self.fd = transport.get_extra_info("socket").fileno()
             self.transport.set_write_buffer_limits(0)
         self.hub.adopt(self)
+        if self.hub.traces:
+            opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.hub.bytes_in += len(data)
@@ -128,6 +130,8 @@ class Connection(Sender):
         self._holds = HOLD_CLOSED
         self._tail = self._parts = None
         self.hub.release(self)
+        if self.hub.traces:
+            closed(self)
         self._wake_writers()
 
     def pause_writing(self) -> None:
@@ -161,7 +165,7 @@ class Connection(Sender):
         self.is_queueing = True
         receive, answers, heads = self.door.receive, self._queue, SHORT_TEXT_HEADS
         limit = self.hub.max_message_bytes
-        position, end, need, messages, until = 0, len(data), 0, 0, 0.0
+        position, end, need, messages, others, until = 0, len(data), 0, 0, 0, 0.0
         while not self._holds:
             if end - position < 2:
                 need = 2
@@ -210,6 +214,12 @@ class Connection(Sender):
                 if stop > end:
                     need = stop - position
                     break
+                others += 1
+                if others & 7 == 0:  # the library takes 10 microseconds for a ping
+                    until = until or perf_counter() + SHARE_S
+                    if perf_counter() > until:
+                        self.wait_for_turn()
+                        break
                 self._feed_library(data[position:stop])
                 position = stop
         self.hub.messages_in += messages
@@ -270,11 +280,26 @@ class Connection(Sender):
         return self.protocol.state is not State.CONNECTING
 
     def _read_late(self, data: bytes) -> None:
-        """What arrives once we are closing: only the library's close handshake matters."""
-        if data and self._is_websocket and not self.protocol.reader.eof:
-            self.protocol.receive_data(data)
+        """What arrives once we are closing: only the library's close handshake matters.
+
+        Some of it in each turn, for it may be as many frames as before.
+        """
+        if self._tail is not None:
+            self._tail += data
+        elif data and self._is_websocket and not self.protocol.reader.eof:
+            self.protocol.receive_data(data[:LATE_BYTES])
             self.protocol.events_received()
             self._send_library_data()
+            if len(data) > LATE_BYTES:
+                self.keep(data[LATE_BYTES:])
+                self._pause_reading()
+                self.hub.turns.wait(self._have_late_turn)
+
+    def _have_late_turn(self) -> None:
+        tail, self._tail = self._tail, None
+        if tail is not None:  # else it was cut meanwhile
+            self._resume_reading()
+            self._read_late(bytes(tail))
 
     def _feed_library(self, frame: bytes) -> None:
         self.protocol.receive_data(frame)
@@ -470,7 +495,7 @@ class Connection(Sender):
             return
         self.flush()
         self.phase = Phase.CLOSING  # first: nothing that leaving causes may follow the close
-        self.hub.seats.discard(self)
+        self.hub.unseat(self)
         self.door.end()
         self.deadline = self.loop.time() + self.hub.config.close_timeout_s
         if self._holds:
@@ -479,23 +504,3 @@ class Connection(Sender):
         tail, self._tail = self._tail, None
         if tail:
             self._read_late(bytes(tail))
-
-
-def write_all(connections: Iterable[Connection], frames: bytes) -> None:
-    """Write the same frames to each connection, without waiting for any."""
-    write, size, written, hub = os.write, len(frames), 0, None
-    for connection in connections:
-        hub = connection.hub
-        if connection._holds or connection.is_queueing:
-            connection.send_frame(frames, is_delivery=True)
-            continue
-        written += 1
-        try:
-            sent = write(connection.fd, frames)  # as Connection.write, without the call
-        except OSError:  # it takes nothing now, is gone, or its transport has to write
-            connection.write(frames)
-        else:
-            if sent < size:
-                connection.transport.write(memoryview(frames)[sent:])
-    if hub is not None:
-        hub.bytes_out += size * written  # those of the others count when they leave

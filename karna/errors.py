@@ -104,6 +104,18 @@ class Unavailable(RequestError):
     code = "unavailable"
 
 
+class ClientLeft(ConnectionError):
+    """A client that something was to be sent to, or asked, has left."""
+
+
+class ClientSilent(TimeoutError):
+    """A client has not answered what it was asked."""
+
+
+# What a program's code may let out without a bug of anybody's.
+NO_BUGS = (RequestError, ClientLeft, ClientSilent)
+
+
 class BadPacket(Exception):
     """The peer broke the Socket.IO or Engine.IO protocol; the caller closes the session."""
 
@@ -119,6 +131,14 @@ def explain(error: BaseException) -> str:
     except BaseException:  # whatever its __str__ does; it is a program's, like the error itself
         text = ""
     return text or type(error).__name__
+
+
+def name_stray(error: InvalidParams, message: Mapping[str, Any], names: Any) -> InvalidParams:
+    """The error, with a word about a parameter (one of `names`) that stands beside `params`."""
+    stray = next((name for name in names or () if name in message and name != "id"), None)
+    if stray is None:
+        return error
+    return InvalidParams(f'{error}; "{stray}" stands outside "params"', **error.data)
 
 
 def as_request_error(error: BaseException) -> RequestError:

@@ -74,7 +74,7 @@ def parse_head(head: bytes) -> Head:
         raise InvalidRequest("malformed HTTP head")
     headers, repeated = _merge_headers(lines[1:-2])
     target = match["target"].decode()
-    absolute = _ABSOLUTE.match(target)
+    absolute = None if target.startswith("/") else _ABSOLUTE.match(target)
     if absolute is not None:  # its authority takes the place of Host (RFC 9112, 3.2.2)
         headers["host"], target = absolute["authority"], absolute["rest"] or "/"
     path, _, query_text = target.partition("?")
@@ -147,7 +147,7 @@ class ChunkedBody:
     def __init__(self, max_bytes: int) -> None:
         self.data = bytearray()
         self._max_bytes = max_bytes
-        self._chunks = 0
+        self._lines = 0  # that begin a chunk, or are trailers
         self._left = 0  # bytes of this chunk that are still to come, and its end
         self._is_last = False
 
@@ -170,6 +170,9 @@ class ChunkedBody:
                     raise InvalidRequest("malformed chunk")
                 break
             line, position = data[position:end], end + 2
+            self._lines += 1
+            if self._lines > MAX_CHUNKS:
+                raise RequestError("the body has too many chunks", code="too_large")
             if self._is_last and not line:
                 return data[position:], True
             if not self._is_last:
@@ -181,9 +184,6 @@ class ChunkedBody:
         if match is None:
             raise InvalidRequest("malformed chunk")
         size = int(match[1], 16)
-        self._chunks += 1
-        if self._chunks > MAX_CHUNKS:
-            raise RequestError("the body has too many chunks", code="too_large")
         if len(self.data) + size > self._max_bytes:
             raise body_too_large(self._max_bytes)
         self._is_last = size == 0
@@ -201,7 +201,7 @@ class ChunkedBody:
         return position + len(taken)
 
 
-MAX_CHUNKS = 4096  # as fragments of a message: tiny ones cost much time
+MAX_CHUNKS = 4096  # and trailers; as fragments of a message: tiny ones cost much time
 MAX_CHUNK_LINE_BYTES = 1024  # a size, extensions nobody uses, or a trailer
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", re.DOTALL)
 

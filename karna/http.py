@@ -27,6 +27,7 @@ from karna.errors import HTTP_STATUS, InvalidRequest, RequestError, explain
 from karna.head import MAX_HEAD_BYTES, ChunkedBody, Head, body_too_large, check_partial_head
 from karna.head import parse_head
 from karna.text import encodable
+from karna.trace import responded
 
 MAX_PIPELINED_BYTES = 64 * 1024  # that wait for an answer; then the connection is not read
 PROBE_S = 2.0  # how often a peer that sends no more is asked whether it still listens
@@ -97,7 +98,6 @@ class Exchange(Door):
                 return self._wait_for(data)
             self.head = parse_head(data[: end + 4])
             self._rest = data[end + 4 :]
-            self.is_last = self.head.is_last
             self._stage = Stage.BODY if self.head.has_body else Stage.ANSWERING
             self.route(self)
         except Exception as exc:
@@ -109,6 +109,7 @@ class Exchange(Door):
         Raises RequestError; answers OPTIONS, and HEAD where GET is wanted.
         """
         head = self.head
+        self.is_last = head.is_last
         allow = "GET, HEAD, OPTIONS" if wanted == "GET" else "POST, OPTIONS"
         if head.method == "OPTIONS":
             handler = self._preflight(allow)
@@ -201,6 +202,8 @@ class Exchange(Door):
         head = self._encode_head(status, len(body), content_type, headers or {})
         request = getattr(self, "head", None)
         connection.write(head if request and request.method == "HEAD" else head + body)
+        if connection.hub.traces:
+            responded(connection, request, status)
         self._finish(len(body))
 
     def _decide_on_next(self) -> None:
@@ -328,6 +331,8 @@ class Exchange(Door):
     def fail(self, exc: Exception) -> None:
         """Answer with what went wrong: an error envelope; a bug of ours is logged."""
         hub = self.connection.hub
+        if self._stage is Stage.ANSWERING:  # all of the request was read: the next may follow
+            self.is_last = self.head.is_last
         if not isinstance(exc, RequestError):
             hub.log_error(f"{self.connection.name} HTTP request failed", exc)
             return self.answer(500, INTERNAL_ERROR)
@@ -371,8 +376,8 @@ class Exchange(Door):
 
     @property
     def is_idle(self) -> bool:
-        """Has it asked for nothing?"""
-        return self._stage is Stage.HEAD
+        """Has it asked for nothing, or not to the end? Who sends for ever must not keep a place."""
+        return self._stage in (Stage.HEAD, Stage.BODY)
 
     @property
     def is_done(self) -> bool:
@@ -414,6 +419,10 @@ class HttpClient(Client):
 
     def deliver(self, envelope: bytes, ack: int | None) -> None:
         self.exchange.answer(200, envelope)
+
+    def join(self, group: str, *, since: str | None = None) -> None:
+        """A client that does not stay hears no broadcasts. Raises ConnectionError."""
+        raise ConnectionError(f"a client of the {self.door} door can't join a group")
 
     async def send(self, type: str, data: Any) -> None:
         """HTTP has one answer, the request's own: nothing is sent."""

@@ -59,6 +59,7 @@ class Hub:
         self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
         self.metrics = Metrics()
         self.log_gate = LogGate()
+        self.traces = False  # does the log show each request? Told when it begins to serve
         self.tasks = Tasks(self.log_error)
         self.is_draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
@@ -88,6 +89,7 @@ class Hub:
 
     def end(self) -> None:
         """Undo `begin`."""
+        self.log_gate.finish()
         self.loop = None
         if self.reader is not None:
             self.reader.close()
@@ -118,6 +120,12 @@ class Hub:
         """A peer may come in: its place is its own until it leaves."""
         self.pending.pop(connection, None)
         self.seats.add(connection)
+
+    def unseat(self, connection: Swept) -> None:
+        """A peer is on its way out: its place is another's, and its socket may give way."""
+        if connection in self.seats:
+            self.seats.discard(connection)
+            self.pending[connection] = None
 
     @property
     def is_full(self) -> bool:

@@ -17,6 +17,7 @@ from karna.calls import Client, Request
 from karna.connection import MAX_MESSAGES
 from karna.door import HOLD_BATCH
 from karna.envelopes import encode_json
+from karna.trace import answered
 
 MAX_BATCH = 256  # requests in one message
 
@@ -67,6 +68,8 @@ class JsonRpcRequest(Request):
         return encode_json({"jsonrpc": "2.0", "method": "command_progress", "params": params})
 
     def answer_status(self, envelope: bytes, status: bytes) -> bytes | None:
+        if self.trace is not None:
+            answered(self, "ok")
         if self.is_notification:
             return None
         return b'{"jsonrpc":"2.0","result":%b,"id":%b}' % (status, dumps(self.id))
@@ -117,7 +120,7 @@ class Batch:
 
 def is_json_rpc(message: Any) -> bool:
     """Does anything in this message say that it is JSON-RPC?"""
-    items = message if isinstance(message, list) else [message]
+    items = message[:MAX_BATCH] if isinstance(message, list) else [message]
     return any(isinstance(item, dict) and "jsonrpc" in item for item in items)
 
 

@@ -1,7 +1,7 @@
 """Types of arguments: how a word, or a JSON value, becomes what a function's annotation asks for.
 
-A table and four forms that contain others (list, Literal, Union, Annotated); each kind says in JSON
-Schema which values it takes. Imports nothing of ours; used by command.
+A table, four forms that contain others (list, Literal, Union, Annotated), and every Enum; each kind
+says in JSON Schema which values it takes. Imports nothing of ours; used by command.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import re
 import types
 from collections.abc import Callable
+from enum import Enum
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 MAX_ITEMS = 10_000  # of a list of converted items, up to 2 microseconds each; `list` has no bound
@@ -112,11 +113,13 @@ def kind_of(annotation: Any) -> Kind:
         return _kind_of_union(inner)
     if origin is list:
         return _kind_of_list(kind_of(inner[0]))
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return _kind_of_enum(annotation)
     try:
         return KINDS[origin or annotation]
     except (KeyError, TypeError):
         raise TypeError(f"{annotation!r} is no type of an argument: use str, int, float, bool, "
-                        "bytes, list, dict, Literal, Optional or Any") from None  # fmt: skip
+                        "bytes, list, dict, Literal, Enum, Optional or Any") from None  # fmt: skip
 
 
 def _convert_items(item: Kind, value: Any) -> list[Any]:
@@ -177,6 +180,37 @@ def without_null(schema: Schema) -> Schema:
     """The schema without the null that an Optional admits."""
     rest = [each for each in schema.get("anyOf", ()) if each is not NULL]
     return schema if not rest else rest[0] if len(rest) == 1 else {"anyOf": rest}
+
+
+def word_of(member: Enum) -> str:
+    """How a member is written: its value where that is a text, else its name."""
+    return member.value if isinstance(member.value, str) else member.name
+
+
+def _kind_of_enum(members: type[Enum]) -> Kind:
+    """The members of an Enum: given by value, or by name where no value is the same."""
+    if not members.__members__:
+        raise TypeError(f"{members.__name__} has no members")
+    by_value = {(type(each.value), each.value): each for each in members if _is_plain(each.value)}
+    words = {str(value): member for (_, value), member in by_value.items()}
+    words = {**members.__members__, **words}
+    choices = tuple(dict.fromkeys(map(word_of, members)))
+
+    def convert(value: Any) -> Any:
+        found = words.get(value) if isinstance(value, str) else None
+        if found is None and _is_plain(value):
+            found = by_value.get((type(value), value))
+        if found is None:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return found
+
+    schema = _schema_of_choices(choices)
+    return Kind(members.__name__, convert, choices=choices, schema=schema)
+
+
+def _is_plain(value: Any) -> bool:
+    """May a word or a JSON value stand for it?"""
+    return type(value) in (str, int, float, bool)
 
 
 def _kind_of_union(members: tuple[Any, ...]) -> Kind:

@@ -37,16 +37,28 @@ class ModelService(Service):
         timeout_s: float | None = None,
     ) -> None:
         super().__init__(self.kind)
-        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
-        key = key or next(filter(None, map(os.environ.get, variables)), None)
         self._configured = self._model = model or None
         self._note = ""  # what is odd about the model
         self.server: ModelServer | None = None
         if url:
-            from karna.models import MODEL_SILENCE_S, ModelServer  # with http.client
+            self.use_server(url, model=model, key=key, timeout_s=timeout_s)
 
-            key, timeout_s = key and key.strip(), timeout_s or MODEL_SILENCE_S
-            self.server = ModelServer(url, key=key, timeout_s=timeout_s)
+    def use_server(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        key: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Use the model server at `url`; before the service starts. Raises ValueError."""
+        from karna.models import MODEL_SILENCE_S, ModelServer  # with http.client
+
+        variables = (f"KARNA_{self.kind.upper()}_KEY", "OPENAI_API_KEY")
+        key = key or next(filter(None, map(os.environ.get, variables)), None)
+        self._configured = self._model = model or None
+        key, timeout_s = key and key.strip(), timeout_s or MODEL_SILENCE_S
+        self.server = ModelServer(url, key=key, timeout_s=timeout_s)
 
     async def start(self) -> None:
         if self.server is None:
@@ -87,7 +99,9 @@ class ModelService(Service):
         """Let the model answer: its answer, its name; the state follows how it went."""
         model = self._model or await self._find_model(server)
         with self._showing(server):
-            return await server.chat(model, messages, report, **more), model
+            answer = await server.chat(model, messages, report, **more)
+            self._model = self._model or model  # another request may have met the server away
+            return answer, model
 
     @contextlib.contextmanager
     def _showing(self, server: ModelServer) -> Iterator[None]:

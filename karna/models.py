@@ -154,7 +154,7 @@ class ModelExchange:
     def _is_whole(self, connection: HTTPConnection) -> bool:
         """Has all of the answer been read, and may a further request follow?"""
         response = self._response
-        if response is None or response.will_close or connection.sock is None:
+        if response is None or connection.sock is None:  # http.client lets go of one that closes
             return False
         try:
             connection.sock.settimeout(END_WAIT_S)

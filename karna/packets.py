@@ -19,6 +19,7 @@ from karna.errors import BadPacket
 MAX_ATTACHMENTS = 10  # of one packet, as socket.io-parser
 MAX_ACK_DIGITS = 15  # keeps ack ids exact in JavaScript and int() cheap
 MAX_NAMESPACE_BYTES = 255  # longer than any real one
+MAX_VALUES = 20_000  # beside attachments: their places are looked for, a quarter microsecond each
 MAX_JSON_DEPTH = 100  # where we walk a value ourselves (attachments); Python's own limit is 1,000
 
 
@@ -175,20 +176,29 @@ def _extract_attachments(value: Any, found: list[bytes], depth: int = 0) -> Any:
     return value
 
 
-def insert_attachments(value: Any, given: Sequence[bytes], depth: int = 0) -> Any:
+def insert_attachments(value: Any, given: Sequence[bytes]) -> Any:
     """A copy of `value` with its placeholders replaced by what was given; undoes encode_packet.
 
-    Raises BadPacket for a placeholder without its attachment, or deep nesting.
+    Raises BadPacket for a placeholder without its attachment, deep nesting, or too many values.
     """
-    if depth > MAX_JSON_DEPTH:
-        raise BadPacket("payload is nested too deeply")
-    if isinstance(value, list):
-        return [insert_attachments(item, given, depth + 1) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("_placeholder") is not True:
-        return {key: insert_attachments(item, given, depth + 1) for key, item in value.items()}
-    number = value.get("num")
-    if type(number) is not int or not 0 <= number < len(given):
-        raise BadPacket("illegal attachments")
-    return given[number]
+    left = MAX_VALUES
+
+    def insert(value: Any, depth: int) -> Any:
+        nonlocal left
+        if not isinstance(value, list | dict):
+            return value
+        left -= len(value) + 1
+        if left < 0:
+            raise BadPacket(f"a payload with attachments has at most {MAX_VALUES} values")
+        if depth > MAX_JSON_DEPTH:
+            raise BadPacket("payload is nested too deeply")
+        if isinstance(value, list):
+            return [insert(item, depth + 1) for item in value]
+        if value.get("_placeholder") is not True:
+            return {key: insert(item, depth + 1) for key, item in value.items()}
+        number = value.get("num")
+        if type(number) is not int or not 0 <= number < len(given):
+            raise BadPacket("illegal attachments")
+        return given[number]
+
+    return insert(value, 0)

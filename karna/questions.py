@@ -9,7 +9,7 @@ import asyncio
 import itertools
 from typing import Any, Protocol
 
-from karna.errors import CommandFailed
+from karna.errors import ClientLeft, ClientSilent, CommandFailed
 from karna.text import one_line
 
 MAX_QUESTIONS = 256  # to one client at a time; a program that asks more often would fill its memory
@@ -50,7 +50,7 @@ class Questions:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            raise TimeoutError(f"no answer to {event!r} within {timeout_s:g} s") from None
+            raise ClientSilent(f"no answer to {event!r} within {timeout_s:g} s") from None
         finally:
             del self._waiting[number]
 
@@ -70,4 +70,4 @@ class Questions:
         """The client is gone."""
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(ConnectionError("the client has left"))
+                waiting.set_exception(ClientLeft("the client has left"))

@@ -11,11 +11,12 @@ import asyncio
 import functools
 import time
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
 from websockets.frames import CloseCode
 
-from karna.broadcasts import BroadcastHub
+from karna.admission import AdmissionHub
 from karna.config import Config
 from karna.connection import Connection
 from karna.door import Phase
@@ -24,6 +25,7 @@ from karna.http import Exchange
 from karna.listen import Listener, fit_descriptors
 from karna.log import log
 from karna.service import Monitor, Service
+from karna.text import count_of
 
 if TYPE_CHECKING:
     from karna.backplane import RedisBackplane
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
 SHUTDOWN_CLOSE_S = 2.0  # a peer that ignores our close must not hold up a restart
 CANCEL_S = 5.0  # for cancelled commands to clean up; work.CANCEL_WAIT_S is inside
 BACKPLANE_S = 1.0  # to load history from Redis before the first client is let in
+# Is this code run by the loading of a program's file? Serving would begin before that is over.
+is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 
 
-class ServedHub(BroadcastHub):
+class ServedHub(AdmissionHub):
     """What the server needs of the manager at the top."""
 
     services: dict[str, Service]
@@ -71,6 +75,9 @@ class Server:
     async def start(self) -> None:
         """Bind, then start the services. Raises StartError, in one line that names the mend."""
         manager = self.manager
+        if is_loading.get():
+            guard = 'if __name__ == "__main__":'
+            raise StartError(f"karna_ws.py serves this file: put its own serving under `{guard}`")
         if manager.loop is not None:
             raise StartError("this manager is served already")
         manager.configure(self.config)
@@ -85,7 +92,7 @@ class Server:
             raise
         self._sweep = asyncio.create_task(manager.sweep(), name="sweep")
         self._sweep.add_done_callback(self._sweep_ended)
-        self._monitor = Monitor(manager.services.values())
+        self._monitor = Monitor(manager.services.values(), log_gate=manager.log_gate)
         self._monitor.start()
         try:
             if manager.backplane is not None:
@@ -126,7 +133,7 @@ class Server:
     async def _close(self) -> None:
         manager = self.manager
         manager.begin_draining()
-        log.info("stopping: %d clients", manager.count_clients())
+        log.info("stopping: %s", count_of(manager.count_clients(), "client"))
         await self._finish_commands()
         self.listener.stop_accepting()
         manager.flush_broadcasts()
@@ -137,7 +144,11 @@ class Server:
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
             if connection.phase is Phase.HTTP and connection.door.is_idle:
                 connection.abort()  # it has asked for nothing
-        await self._wait_for_peers(min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S))
+        limit_s = min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S)
+        if manager.connections:
+            shown = count_of(len(manager.connections), "connection")
+            log.info("waiting for %s to close, at most %g s", shown, limit_s)
+        await self._wait_for_peers(limit_s)
         for connection in tuple(manager.connections):
             connection.abort()
         await self._wait_for_peers(1.0)
@@ -152,11 +163,18 @@ class Server:
         """Running commands get their grace, then they are cancelled and their clients told."""
         manager = self.manager
         works = (manager.commands.tasks, manager.tasks)
-        until = time.monotonic() + self.config.grace_s
+        grace_s = self.config.grace_s
+        until = time.monotonic() + grace_s
+        running = len(manager.commands.tasks.running)
+        if running and grace_s:
+            log.info("waiting for %s, at most %g s", count_of(running, "command"), grace_s)
         for work in works:
             await work.wait(max(0.0, until - time.monotonic()))
         open_ones = [each for each in manager.connections if isinstance(each, Connection)]
         doors = [connection.door for connection in open_ones]
+        left = len(manager.commands.tasks.running)
+        if left:
+            log.info("cancelling %s", count_of(left, "command"))
         asking = [door.client for door in doors if isinstance(door, Exchange) and door.client]
         for client in [*manager.all_clients(), *asking]:
             if client.calls is not None:

@@ -12,8 +12,8 @@ import random
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
-from karna.errors import Unavailable, explain
-from karna.log import describe_error, log
+from karna.errors import RequestError, Unavailable, explain
+from karna.log import LogGate, describe_error, log
 from karna.text import one_line, utc_now
 from karna.work import Tasks
 
@@ -85,10 +85,12 @@ class Monitor:
     """
 
     def __init__(
-        self, services: Iterable[Service], *, interval_s: float = 5.0, timeout_s: float = 5.0
-    ) -> None:
+        self, services: Iterable[Service], *, interval_s: float = 5.0, timeout_s: float = 5.0,
+        log_gate: LogGate | None = None,
+    ) -> None:  # fmt: skip
         self.services = list(services)
         self.interval_s, self.timeout_s = interval_s, timeout_s
+        self._log_gate = log_gate or LogGate()  # the one that all share
         self._tasks = Tasks()
         self._watching: list[asyncio.Task[None]] = []
 
@@ -138,8 +140,8 @@ class Monitor:
         await job.wait()
         if job.is_late:
             return Unavailable(f"no answer to {action.__name__} within {self.timeout_s:g} s")
-        if job.error is not None:
-            log.debug("service %s raised\n%s", service.name, describe_error(job.error))
+        if job.error is not None and not isinstance(job.error, RequestError):
+            self._log_gate.error(f"{name} failed", job.error)
         return job.error
 
     def _delay_s(self, failures: int) -> float:

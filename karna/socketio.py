@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -21,7 +21,7 @@ from websockets.frames import CloseCode
 
 from karna.calls import Client, Request
 from karna.connection import Connection
-from karna.door import HOLD_CONNECT, Door
+from karna.door import HOLD_CONNECT, NEVER, Door
 from karna.envelopes import encode_json
 from karna.errors import BadPacket, RequestError
 from karna.frames import ENGINE_PING_FRAME, frame_binary, frame_text
@@ -57,13 +57,14 @@ class SocketIoClient(Client):
     keeps it on any node. The id is known before the connect handler is asked.
     """
 
-    __slots__ = ("_held", "_wanted", "ack_head", "event_head", "namespace", "pid", "session")
+    __slots__ = ("_held", "ack_head", "event_head", "namespace", "pid", "session")
     door = "socket.io"
 
     def __init__(self, session: SocketIoSession, namespace: str, auth: dict[str, Any]) -> None:
         hidden = {key: auth.pop(key, None) for key in ("pid", "offset")}
-        self.pid, self._wanted = _recovery_of(**hidden)
+        self.pid, since = _recovery_of(**hidden)
         super().__init__(session.connection, session.manager, _public_id(self.pid))
+        self.since = since if self.manager.recovers else None
         self.session = session
         self.namespace = namespace
         self.auth = auth
@@ -84,17 +85,13 @@ class SocketIoClient(Client):
 
     # Who comes in.
 
-    @property
-    def since(self) -> str | None:
-        """What it saw last, or else was given with its pid; None if it does not come back."""
-        return self._wanted if self.manager.recovers else None
-
-    def welcome(self, missed: Sequence[Entry] | None) -> None:
+    def welcome(self, missed: list[Entry] | None) -> None:
         """Send what the client missed, the CONNECT answer, and what was held back for it.
 
         missed: None where it does not recover.
         """
         held, self._held = self._held or (), None
+        self.session.connect_deadline = NEVER
         self.connection.allow(replay_bytes(missed or ()))
         self.session.connected[encode_namespace(self.namespace)] = self
         for entry in missed or ():
@@ -380,6 +377,9 @@ _PACKET_HANDLERS: dict[tuple[Standing, PacketType], PacketHandler] = {
 }
 
 
+_TOLD = ("cancelled", "command_failed", "internal_error")  # a bug has been logged already
+
+
 class EventRequest(Request):
     """An event with a handler of the program: the ack is what it returned, not an envelope."""
 
@@ -395,7 +395,7 @@ class EventRequest(Request):
         return list(data) if isinstance(data, tuple) else [data]
 
     def fail(self, code: str, message: str, data: Mapping[str, Any] | None = None) -> bytes | None:
-        if self.ack is None and code != "cancelled":  # nobody else hears of it
+        if self.ack is None and code not in _TOLD:  # nobody else hears of it
             gate = self.client.manager.log_gate
             gate.warning("event handler", "%s event handler: %s", self.client.id, message)
         return super().fail(code, message, data)

@@ -32,6 +32,11 @@ def printable(text: str, limit: int = 1000) -> str:
     )
 
 
+def count_of(number: int, what: str) -> str:
+    """A number of things, such as '1 client' or '3 clients'."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def encodable(text: str) -> str:
     """`text` without what UTF-8 has no form for: an exception's text may be anything."""
     return text.encode(errors="replace").decode()

@@ -17,6 +17,7 @@ from karna.connection import Connection
 from karna.door import NEVER
 from karna.errors import StartError
 from karna.hub import Hub
+from karna.text import one_line
 from karna.sender import peer_address
 
 MAX_EARLY_BYTES = 64 * 1024  # that arrive with the handshake's last packet; asyncio reads no more
@@ -34,13 +35,45 @@ def entrances(config: Config, create_connection: Callable[..., Any]) -> Callable
 
 def make_tls_context(config: Config) -> ssl.SSLContext:
     """The TLS context of --certfile and --keyfile. Raises StartError."""
+    certfile = cast(str, config.certfile)
+    keyfile = config.keyfile or certfile
+    _look_into(certfile, "--certfile", b"CERTIFICATE", "certificate")
+    _look_into(keyfile, "--keyfile" if config.keyfile else "--certfile", b"PRIVATE KEY",
+               "private key" if config.keyfile else "private key: name its file with --keyfile")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(cast(str, config.certfile), config.keyfile)
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or error
-        raise StartError(f"can't use the TLS certificate {config.certfile}: {reason}") from None
+        context.load_cert_chain(certfile, keyfile, _passphrase)
+    except (OSError, ValueError) as error:
+        known = (text for sign, text in _REASONS.items() if sign in str(error))
+        reason = next(known, f"OpenSSL says {one_line(str(error))}")
+        raise StartError(f"can't use the TLS certificate {certfile}: {reason}") from None
     return context
+
+
+_REASONS = {
+    "KEY_VALUES_MISMATCH": "the private key is another certificate's (--keyfile)",
+    "EE_KEY_TOO_SMALL": "its key is too short to be safe: 2048 bits or more",
+    "CA_MD_TOO_WEAK": "its signature is too weak to be safe: SHA-256 or more",
+    "PEM lib": "it, or its key, is damaged",
+    "passphrase": "its key wants a passphrase: `openssl pkey -in KEY -out PLAIN` takes it away",
+}
+
+
+def _passphrase() -> str:
+    raise ValueError("passphrase")  # else OpenSSL would ask for it at the terminal
+
+
+def _look_into(path: str, flag: str, mark: bytes, what: str) -> None:
+    """Does a PEM file hold what it should? OpenSSL tells neither that nor whose fault it is."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise StartError(f"can't read {flag} {path}: {error.strerror}") from None
+    if b"-----BEGIN " not in content:
+        raise StartError(f"{flag} {path} is no PEM file (its text begins with -----BEGIN)")
+    if mark + b"-----" not in content:
+        raise StartError(f"{flag} {path} holds no {what}")
 
 
 class TlsEntrance(asyncio.Protocol):

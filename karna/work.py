@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import contextvars
 import functools
-import logging
 import sys
 import threading
 from collections import deque
@@ -19,8 +18,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from karna.errors import RequestError, Unavailable, as_request_error, explain
-from karna.log import describe_error, log
+from karna.errors import NO_BUGS, CommandFailed, RequestError, Unavailable, as_request_error
+from karna.errors import explain
+from karna.log import LogGate, describe_error, log
 from karna.text import one_line
 
 CANCEL_WAIT_S = 4.0  # cancelled work may clean up this long, then it is left behind
@@ -29,10 +29,20 @@ IDLE_THREAD_S = 10.0  # a thread with nothing to do ends after this
 Value = TypeVar("Value")
 
 
-def failure_of(who: str, error: BaseException) -> RequestError:
-    """What the caller of `who` is told of `error`; the operator sees a bug at level debug."""
-    if not isinstance(error, RequestError) and log.isEnabledFor(logging.DEBUG):
-        log.debug("%s raised %s\n%s", who, type(error).__name__, describe_error(error))
+class RaisedInThread(CommandFailed):
+    """What work in a thread raised, as its caller is told; `__cause__` is the error itself."""
+
+
+def failure_of(
+    who: str, error: BaseException, log_gate: LogGate, expected: tuple[type[Exception], ...] = ()
+) -> RequestError:
+    """What the caller of `who` is told of `error`; a bug is logged.
+
+    expected: what `who` may raise besides, as its way to say no.
+    """
+    fault = error.__cause__ if isinstance(error, RaisedInThread) else error
+    if fault is not None and not isinstance(fault, (*NO_BUGS, *expected)):
+        log_gate.error(f"{who} failed", fault)
     return as_request_error(error)
 
 
@@ -281,6 +291,14 @@ class _Share:
     waiting: deque[_Errand] = field(default_factory=deque)
 
 
+def _raised_in_thread(error: BaseException) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    failure = RaisedInThread(explain(error))
+    failure.__cause__ = error
+    return failure
+
+
 class ThreadPool:
     """At most `max_threads` daemon threads, started on demand and used again.
 
@@ -378,8 +396,7 @@ class ThreadPool:
             try:
                 errand.future.set_result(errand.work())
             except BaseException as error:  # SystemExit too: it ends neither thread nor process
-                failure = failure_of(threading.current_thread().name, error)
-                errand.future.set_exception(failure)
+                errand.future.set_exception(_raised_in_thread(error))
         with self._news:
             self._let_go(errand)
         return True

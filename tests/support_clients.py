@@ -33,6 +33,7 @@ FRONTEND = EXAMPLES / "frontend"
 
 # What only the tests need from npm, beside the packages of examples/frontend.
 NODE_TOOLS = {
+    "axe-core": "4.14.1",
     "playwright-core": "1.65.1",
     "socket.io-client-2": "npm:socket.io-client@2.5.0",
     "ws": "8.23.0",
@@ -308,14 +309,14 @@ def complaints(program: Program) -> list[Any]:
 class Host:
     """A manager with commands whose steps the test decides, and a service it can break."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: type[WebSocketManager] = WebSocketManager) -> None:
         self.go_on = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.lock = Service("lock")
         self.commands = CommandProcessor()
         for function in (self.steps, self.tokens, self.lines, self.report, self.picture):
             self.commands.command(function)
-        self.manager = WebSocketManager(commands=self.commands, services=[self.lock])
+        self.manager = make(commands=self.commands, services=[self.lock])
 
     async def steps(self) -> AsyncIterator[Any]:
         """Report a part, then wait."""

@@ -99,8 +99,9 @@ def start_process(arguments: list[str], **options: Any) -> subprocess.Popen[Any]
 
 @contextlib.asynccontextmanager
 async def process(
-    *flags: str, port: int | None = 0, environment: dict[str, str] | None = None, **options: Any
-) -> AsyncIterator[Karna]:
+    *flags: str, port: int | None = 0, environment: dict[str, str] | None = None,
+    script: tuple[str, ...] = ("-c", CHILD), **options: Any,
+) -> AsyncIterator[Karna]:  # fmt: skip
     """A server as a subprocess, once it listens; killed at the end if it still runs."""
     directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"karna-test-{os.getpid()}"
     directory.mkdir(exist_ok=True)
@@ -111,7 +112,7 @@ async def process(
     where = [] if port is None else ["--port", str(port)]
     with log_path.open("wb") as log:
         child = start_process(
-            [sys.executable, "-c", CHILD, *where, *flags],
+            [sys.executable, *script, *where, *flags],
             **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": ROOT,
                "env": {**ENVIRONMENT, **(environment or {})}, **options},
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import contextlib
 import logging
 import shlex
@@ -44,6 +45,23 @@ def test_prepare_splits_as_shlex_does(line: str) -> None:
         assert commands.prepare("any " + line).args == expected
 
 
+class Colour(enum.Enum):
+    RED = "red"
+    GREEN = "green"
+    WARM = "red"  # noqa: PIE796  (another name of RED)
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Odd(enum.Enum):
+    ON = True
+    NAME = "ON"  # a value goes before a name
+    BOTH = (1, 2)
+
+
 def shapes() -> CommandProcessor:
     commands = CommandProcessor(builtins=False)
 
@@ -75,6 +93,10 @@ def shapes() -> CommandProcessor:
         return sure, size, tone
 
     @commands.command
+    def paint(colour: Colour, level: Level | None = None, *, odd: Odd = Odd.BOTH) -> Any:
+        return colour, level, odd
+
+    @commands.command
     def total(*numbers: float) -> float:
         return sum(numbers)
 
@@ -103,6 +125,10 @@ GOOD_LINES: list[tuple[str, dict[str, Any], Any]] = [
     ("typed", {"c": 1, "j": None}, (1, None, None, b"", 1)),
     ("typed", {"c": "x"}, (1, None, None, b"", "x")),
     ("must --no-sure --size 5", {"tone": None}, (False, 5, None)),
+    ("paint red", {}, (Colour.RED, None, Odd.BOTH)),
+    ("paint GREEN HIGH --odd BOTH", {}, (Colour.GREEN, Level.HIGH, Odd.BOTH)),
+    ("paint WARM 1 --odd ON", {}, (Colour.RED, Level.LOW, Odd.NAME)),
+    ("paint", {"colour": "green", "level": 2, "odd": True}, (Colour.GREEN, Level.HIGH, Odd.ON)),
     ("total 1 2.5", {}, 3.5),
     ("total", {"numbers": [1, "2"]}, 3.0),
 ]  # fmt: skip
@@ -121,6 +147,12 @@ async def test_command_takes_words_options_and_params(
 BAD_LINES: list[tuple[str, dict[str, Any], str]] = [
     ("move", {}, "X is missing"),
     ("move x", {}, "X must be a whole number, not 'x'"),
+    ("paint blue", {}, "COLOUR must be one of red, green, not 'blue'"),
+    ("paint Red", {}, "COLOUR must be one of red, green"),
+    ("paint red 3", {}, "LEVEL must be one of LOW, HIGH"),
+    ("paint red", {"level": True}, "LEVEL must be one of LOW, HIGH, not bool"),
+    ("paint red", {"level": 1.0}, "LEVEL must be one of LOW, HIGH, not float"),
+    ("paint red", {"level": [1]}, "LEVEL must be one of LOW, HIGH, not a list of 1"),
     ("move 1_000", {}, "whole number"),
     ("move ٣", {}, "whole number"),
     (f"move {'9' * 5_000}", {}, "whole number"),
@@ -465,19 +497,24 @@ async def test_handler_raising_service_error_passes_it_unchanged() -> None:
         assert caught.value is error
 
 
-async def test_handler_that_raises_is_logged_with_traceback_at_debug_only(
+async def test_command_that_raises_is_logged_with_its_traceback_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fails() -> None:
+    async def waits() -> None:
         raise ValueError("no good")
 
-    commands = processor(fails)
-    for level, expected in [(logging.INFO, 0), (logging.DEBUG, 1)]:
-        caplog.clear()
-        caplog.set_level(level, "karna_ws")
-        with pytest.raises(CommandFailed):
-            await run_line(commands, "fails")
-        assert caplog.text.count("Traceback") == expected
+    def blocks() -> None:
+        {}["nothing"]  # type: ignore[index]
+
+    commands = processor(waits, blocks)
+    for _ in range(3):
+        for line in ("waits", "blocks"):
+            with pytest.raises(CommandFailed):
+                await run_line(commands, line)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("command waits failed: ValueError\n  | Traceback")
+    assert second.startswith("command blocks failed: KeyError\n  | Traceback")
+    assert 'raise ValueError("no good")' in first and '{}["nothing"]' in second
 
 
 async def test_processor_runs_each_kind_of_function_and_counts() -> None:
@@ -694,6 +731,31 @@ async def test_cancelling_run_cancels_handler(way: str, scaled: None) -> None:
     assert closed.is_set() or way == "thread"
     assert (commands.running, commands.failed) == (0, 1)
     release.set()
+
+
+def test_enum_is_told_as_the_choices_that_it_is() -> None:
+    command = shapes().commands["paint"]
+    assert command.usage == "paint red|green [LOW|HIGH] [--odd ON|BOTH]"
+    colour, level, odd = command.describe()["arguments"]
+    assert (colour["type"], colour["choices"]) == ("Colour", ["red", "green"])
+    assert (level["default"], odd["default"]) == (None, "BOTH")
+    schema = command.input_schema
+    assert schema is not None and schema["properties"]["colour"] == {
+        "type": "string", "enum": ["red", "green"]
+    }  # fmt: skip
+    assert schema["properties"]["odd"]["default"] == "BOTH"
+
+    class Empty(enum.Enum): ...
+
+    with pytest.raises(TypeError, match="parameter a: Empty has no members"):
+        function: Any = lambda a: a  # noqa: E731
+        function.__annotations__ = {"a": Empty}
+        Command(function, name="x")
+
+
+def test_command_from_a_text_is_told_where_its_name_goes() -> None:
+    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
+        CommandProcessor().command("lights-on")  # type: ignore[call-overload]
 
 
 def test_input_schema_is_made_from_the_signature() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import pkgutil
 import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from karna.config import make_config
+from karna.config import Options, make_config
 from karna.service import Monitor
-from karna_ws import Config
+from karna_ws import Config, serve
+from support import DEADLINE_S, ROOT, needs
+from support_process import ENVIRONMENT
 
 
 @pytest.mark.parametrize(
@@ -51,9 +58,94 @@ def test_config_refuses_wrong_value_in_one_line(options: dict[str, Any], complai
         make_config(options)
 
 
-def test_config_refuses_unknown_option_by_name() -> None:
-    with pytest.raises(TypeError, match="prot"):
-        make_config({"prot": 1})
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("prot", "port"), ("Port", "port"), ("max_message", "max_message_bytes"),
+        ("max-body", "max_body_bytes"), ("grace", "grace_s"), ("namespace", "namespaces"),
+        ("ping_interval", "ping_interval_s"), ("no_recovery", "recovery"),
+        ("allow_origins", "allow_origin"), ("command_timeout", "command_timeout_s"),
+    ],
+)  # fmt: skip
+def test_unknown_option_is_told_which_one_is_meant(given: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"^there is no option '{given}'; did you mean {meant}\\?$"):
+        make_config({given: 1})
+
+
+def test_unknown_option_that_is_near_to_none_is_told_all() -> None:
+    with pytest.raises(TypeError, match="^there is no option 'colour'; there are host, port, unix,"):
+        make_config({"colour": 1})
+
+
+# What may be given where Config keeps another type.
+WIDER = {
+    "tuple[str, ...]": "str | Iterable[str] | None",
+    "str | None": "str | os.PathLike[str] | None",
+}
+
+
+def test_keyword_options_are_those_of_config_with_their_types() -> None:
+    options = Options.__annotations__
+    assert list(options) == [option.name for option in fields(Config)]
+    assert Options.__required_keys__ == frozenset()
+    for option in fields(Config):
+        is_path = option.metadata["metavar"] == "PATH"
+        is_wider = is_path or option.type == "tuple[str, ...]"
+        wanted = WIDER[str(option.type)] if is_wider else option.type
+        assert options[option.name].__forward_arg__ == wanted, option.name
+    assert inspect.signature(serve).parameters["options"].annotation == "Unpack[Options]"
+
+
+TYPED = """
+from typing import Any, assert_type
+from karna.calls import Client
+from karna_ws import WebSocketManager, serve, serving
+
+manager = WebSocketManager()
+
+@manager.method
+async def add(a: int, b: int) -> int: return a + b
+
+@manager.method("other", inline=True)
+def other(a: int) -> str: return ""
+
+@manager.on
+async def poke(client: Client, *args: int) -> int: return 1
+
+@manager.on("connect")
+def hello(client: Client, auth: dict[str, Any]) -> None: ...
+
+@manager.commands.command
+def brew(cups: int) -> str: return ""
+
+async def main(client: Client) -> None:
+    assert_type(await add(1, 2), int)
+    assert_type(await poke(client, 2), int)
+    assert_type((other(1), hello(client, {}), brew(2)), tuple[str, None, str])
+    await serve(manager, port=1, allow_host=["a"], max_message_bytes=500, unix=None)
+    async with serving(manager, port=0) as server:
+        assert_type(server.port, int)
+    await add("1", 2)  # wrong
+    await poke(client, "2")  # wrong
+    other("1")  # wrong
+    await serve(manager, port="1")  # wrong
+    await serve(manager, max_message=500)  # wrong
+    async with serving(manager, prot=0): ...  # wrong
+    manager.method(5)  # wrong
+"""
+
+
+def test_options_and_decorated_functions_are_known_to_mypy(tmp_path: Path) -> None:
+    needs("mypy")
+    (tmp_path / "typed.py").write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "typed.py")], cwd=ROOT, env={**ENVIRONMENT, "MYPYPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    wrong = {number for number, line in enumerate(TYPED.splitlines(), 1) if "# wrong" in line}
+    found = {int(n) for n in re.findall(r"typed\.py:(\d+): error", done.stdout)}
+    assert found == wrong, done.stdout + done.stderr
 
 
 def test_config_takes_one_text_or_several_for_a_list() -> None:

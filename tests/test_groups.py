@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from karna.client import CommandError, connect
 from karna_ws import Client, WebSocketManager
 from services import CommandFailed, Context
 from support import Raw, Sio, execute, http, served, until
@@ -213,10 +214,37 @@ async def test_socket_io_client_answers_by_the_ack() -> None:
         assert (await client.rpc({"method": "get_status"}, namespace="/ws"))["data"]
 
 
+async def test_client_in_python_answers_a_question() -> None:
+    manager = asking()
+    async with served(manager) as server, connect(f"ws://127.0.0.1:{server.port}/ws") as client:
+
+        @client.on("confirm")
+        async def confirm(what: str, times: int) -> bool:
+            if what == "nothing":
+                raise ValueError("nothing to confirm")
+            return what == "burn" and times == 1
+
+        assert await client.execute("consent burn") is True
+        assert await client.execute("consent freeze") is False
+        with pytest.raises(CommandError, match="nothing to confirm"):
+            await client.execute("consent nothing")
+
+
 async def test_http_client_can_not_be_asked() -> None:
     async with served(asking()) as server:
         status, answer = await http(server, "POST", "/api/execute_command", execute("consent x")["params"])
         assert status == 500 and "can't be asked" in answer["data"]["message"]
+
+
+async def test_http_client_can_not_join_a_group() -> None:
+    manager = Rooms()
+    async with served(manager) as server:
+        status, answer = await http(
+            server, "POST", "/rpc", {"jsonrpc": "2.0", "method": "join", "params": ["a"], "id": 1}
+        )
+        assert (status, answer["error"]["data"]["code"]) == (200, "command_failed")
+        assert "can't join a group" in answer["error"]["message"]
+        assert not manager.groups and manager.broadcast("news", 1, to="a") == 0
 
 
 async def test_questions_to_one_client_are_bounded() -> None:

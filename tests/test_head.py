@@ -6,6 +6,10 @@ import asyncio
 import json
 import socket
 
+import pytest
+
+from karna.errors import RequestError
+from karna.head import ChunkedBody
 from support import execute, served
 from support_peers import ENGINE, ask, dial, frame, head, post, upgrade
 
@@ -189,3 +193,12 @@ async def test_endless_head_is_refused_while_it_arrives() -> None:
                 await asyncio.sleep(0)
             answer = await peer.answer()
             assert (answer.status, answer.error["code"]) == (status, "too_large")
+
+
+def test_trailers_are_bounded_as_chunks_are() -> None:
+    """Each is looked at: without a bound they come for as long as a request may take."""
+    body = ChunkedBody(1024)
+    assert body.take(b"0\r\nA: 1\r\nB: 2\r\n\r\nrest") == (b"rest", True)
+    body = ChunkedBody(1024)
+    with pytest.raises(RequestError, match="too many"):
+        body.take(b"0\r\n" + b"a\r\n" * 10_000 + b"\r\n")

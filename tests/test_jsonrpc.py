@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from karna.jsonrpc import is_json_rpc
 from karna_ws import WebSocketManager
 from support import (
     EXECUTE,
@@ -263,3 +264,17 @@ async def test_json_rpc_notifications_are_carried_out() -> None:
         assert await client.received() == []
         await http(server, "POST", "/rpc", JSON_RPC_EXAMPLES[4][1].encode())
         assert manager.notified == [[1, 2, 3, 4, 5], 7, [1, 2, 3, 4, 5]]  # type: ignore
+
+
+async def test_long_list_is_not_searched_to_its_end_for_json_rpc() -> None:
+    """A list that can be no batch cost 20 ms, as it holds half a million numbers."""
+    looked_at = 0
+
+    class Item(dict[str, Any]):
+        def __contains__(self, key: object) -> bool:
+            nonlocal looked_at
+            looked_at += 1
+            return False
+
+    assert not is_json_rpc([Item()] * 100_000)
+    assert looked_at <= 256

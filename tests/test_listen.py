@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from karna.config import Config
 from karna.errors import StartError
+from karna.tls import make_tls_context
 from support import SERVER_FILE, execute, needs, served, until
 from support_peers import ask, close_frame, dial, head, post, raw, upgrade
 from support_process import AUTH, ENVIRONMENT, answers_on, process, run_to_end, start_process
@@ -111,10 +113,39 @@ async def test_tls_serves_every_door_and_refuses_what_is_no_tls(tmp_path: Path) 
             began = time.monotonic()
             assert await silent.at_end()
             assert time.monotonic() - began < 1.5
-    for bad in ({"certfile": key}, {"certfile": cert, "keyfile": cert}):
-        with pytest.raises(StartError, match="TLS certificate"):
-            async with served(**bad):
-                pass
+
+
+def test_bad_certificate_file_is_named_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = make_certificate(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    make_certificate(tmp_path / "other")
+    Path("text.pem").write_text("hello")
+    Path("cut.pem").write_text(Path(cert).read_text()[:-60] + "\n-----END CERTIFICATE-----\n")
+    Path("both.pem").write_text(Path(cert).read_text() + Path(key).read_text())
+    secret = ["openssl", "pkey", "-in", key, "-aes128", "-passout", "pass:x", "-out", "secret.pem"]
+    subprocess.run(secret, check=True, capture_output=True)
+    complaints = {
+        ("none.pem", None): "can't read --certfile none.pem: No such file or directory",
+        ("cert.pem", "none.pem"): "can't read --keyfile none.pem: No such file or directory",
+        ("other", None): "can't read --certfile other: Is a directory",
+        ("text.pem", None): "--certfile text.pem is no PEM file (its text begins with -----BEGIN)",
+        ("cert.pem", None): "--certfile cert.pem holds no private key: name its file with --keyfile",
+        ("key.pem", "cert.pem"): "--certfile key.pem holds no certificate",
+        ("cert.pem", "cert.pem"): "--keyfile cert.pem holds no private key",
+        ("cut.pem", "key.pem"): "can't use the TLS certificate cut.pem: it, or its key, is damaged",
+        ("cert.pem", "other/key.pem"): "can't use the TLS certificate cert.pem: the private key is "
+        "another certificate's (--keyfile)",
+        ("cert.pem", "secret.pem"): "can't use the TLS certificate cert.pem: its key wants a "
+        "passphrase: `openssl pkey -in KEY -out PLAIN` takes it away",
+    }
+    for (certfile, keyfile), complaint in complaints.items():
+        with pytest.raises(StartError) as caught:
+            make_tls_context(Config(certfile=certfile, keyfile=keyfile))
+        assert str(caught.value) == complaint
+    make_tls_context(Config(certfile="both.pem"))
 
 
 @contextlib.asynccontextmanager

@@ -917,3 +917,115 @@ async def test_message_handler_that_fails_answers_an_internal_error() -> None:
         for _ in range(2):
             await client.send("x")
             assert (await client.next())["data"]["code"] == "internal_error"
+
+
+# --- What a program registers ----------------------------------------------------------------------
+
+
+async def test_decorators_work_bare_called_and_named() -> None:
+    manager = WebSocketManager()
+
+    @manager.method
+    async def one() -> int:
+        return 1
+
+    @manager.method()
+    def two() -> int:
+        return 2
+
+    @manager.method("three", inline=True)
+    def other() -> int:
+        return 3
+
+    @manager.on
+    async def poke(client: Any, value: int) -> int:
+        return value + 1
+
+    @manager.on()
+    def push(client: Any) -> str:
+        return "pushed"
+
+    @manager.on("connect")
+    async def welcome(client: Any, auth: Any) -> None:
+        client.state["name"] = "guest"
+
+    assert await one() == 1 and two() == 2 and other() == 3, "a decorated function is what it was"
+    async with served(manager) as server, Sio.open(server, join="/") as client:
+        for name, value in (("one", 1), ("two", 2), ("three", 3)):
+            answer = await client.rpc({"method": name})
+            assert answer["data"] == value
+        await client.send('421["poke",1]', '422["push"]')
+        assert [await client.next(), await client.next()] == ["431[2]", '432["pushed"]']
+        (member,) = manager.all_clients()
+        assert member.state == {"name": "guest"}
+
+
+@pytest.mark.parametrize("given", [5, ["name"], b"name"])
+def test_decorator_refuses_what_is_no_name_at_once(given: Any) -> None:
+    manager = WebSocketManager()
+    for decorator in (manager.method, manager.on):
+        with pytest.raises(TypeError, match="a name is a text, not"):
+            decorator(given)
+
+
+def test_decorator_refuses_a_name_that_is_taken() -> None:
+    manager = WebSocketManager()
+
+    def get_status() -> None: ...
+    def rpc(client: Any) -> None: ...
+
+    with pytest.raises(ValueError, match="method 'get_status' exists already"):
+        manager.method(get_status)
+    with pytest.raises(ValueError, match="event 'rpc' has a handler already"):
+        manager.on(rpc)
+
+
+@pytest.mark.parametrize(
+    ("event", "handler", "wanted"),
+    [
+        ("connect", lambda client: None, "a handler of 'connect' takes (client, auth), not (client)"),
+        ("connect", lambda: None, "(client, auth)"),
+        ("disconnect", lambda client, auth, reason: None, "takes (client, reason), not"),
+        ("poke", lambda: None, "a handler of 'poke' takes (client, *args), not ()"),
+        ("poke", lambda *, client: None, "(client, *args)"),
+    ],
+)
+def test_handler_that_could_not_be_called_is_refused_at_once(
+    event: str, handler: Any, wanted: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(wanted)):
+        WebSocketManager().on(event)(handler)
+
+
+def test_handler_whose_arguments_are_unknown_is_taken() -> None:
+    manager = WebSocketManager()
+    manager.on("connect")(lambda *values: None)
+    manager.on("poke")(print)
+    manager.on("push")(max)  # written in C, without a signature
+    assert set(manager.handlers) == {"connect", "poke", "push"}
+
+
+STRAY: list[tuple[dict[str, Any], str]] = [
+    ({"method": "execute_command", "command": "echo hi"}, '"command" stands outside "params"'),
+    ({"method": "double", "number": 2}, 'NUMBER is missing; usage: double NUMBER; "number" stands outside "params"'),
+    ({"jsonrpc": "2.0", "method": "double", "number": 2}, '"number" stands outside "params"'),
+    ({"method": "cancel", "id": 5}, '"id" in "params" must be the id of a running command'),
+]
+
+
+@pytest.mark.parametrize(("message", "said"), STRAY)
+async def test_parameter_outside_params_is_told_so(message: dict[str, Any], said: str) -> None:
+    manager = WebSocketManager()
+    manager.method("double")(double)
+    async with served(manager) as server, Raw.open(server) as client:
+        await client.send({"id": 5, **message})
+        answer = await client.next()
+        error = answer["error"] if "jsonrpc" in message else answer["data"]
+        assert error["message"].endswith(said)
+        await client.send({"method": "double", "params": {"nr": 1}, "colour": "red"})
+        error = (await client.next())["data"]
+        assert error["message"] == "unknown parameter 'nr'; usage: double NUMBER"
+
+
+def double(number: int) -> int:
+    return number * 2

@@ -488,6 +488,31 @@ async def test_server_that_came_back_with_another_model_is_asked_for_its_name(ho
     assert "model second at" in language.detail
 
 
+async def test_answer_shows_its_model_though_another_request_failed_meanwhile(host: Any) -> None:
+    language, commands = asking(host.url)
+    await language.check()
+    failing = asyncio.Event()
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"fail" in head + await reader.read(1000):
+            failing.set()
+        else:
+            await failing.wait()
+            await until(lambda: language.state == "degraded")
+            writer.write(HELLO)
+        writer.close()
+
+    server = await asyncio.start_server(slowly, "127.0.0.1", 0)
+    language.server._address = server.sockets[0].getsockname()[:2]  # type: ignore[union-attr]
+    language.server.close()  # type: ignore[union-attr]
+    good = asyncio.ensure_future(run_line(commands, "ask hi"))
+    with pytest.raises(Unavailable):
+        await run_line(commands, "ask fail")
+    assert (await good)["model"] == "tiny" and "model tiny at" in language.detail
+    server.close()
+
+
 # ---- kept connections -------------------------------------------------------------------------
 
 

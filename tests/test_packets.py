@@ -151,6 +151,15 @@ def test_attachments_in_deep_values_are_bounded() -> None:
         insert_attachments([orjson.loads(b"[" * 500 + b"]" * 500)], [b"x"])
 
 
+@pytest.mark.parametrize("many", ["[]", "{}", "0"])
+def test_payload_with_attachments_has_a_bounded_number_of_values(many: str) -> None:
+    """We look at each of them: 1 MiB of empty lists stopped everybody for 150 ms."""
+    value = orjson.loads(f"[{many}" + f",{many}" * 30_000 + "]")
+    with pytest.raises(BadPacket, match="values"):
+        insert_attachments(value, [b"x"])
+    assert insert_attachments([value[:5_000]], [b"x"]) == [value[:5_000]]
+
+
 def test_only_true_makes_a_placeholder() -> None:
     value = [{"_placeholder": 1, "num": 0}, {"_placeholder": False}, {"num": 0}]
     assert insert_attachments(value, [b"x"]) == value

@@ -318,3 +318,15 @@ async def test_program_is_not_read_faster_than_it_is_reported(
     monkeypatch.setattr(programs.ProgramWatch, "pipe_data_received", receive)
     await flood("yes", 0.5)
     assert most <= MAX_UNREAD_BYTES + 256 * 1024  # one read more
+
+
+def test_program_that_takes_the_place_of_a_built_in_command_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    commands = CommandProcessor()
+    commands.allow_program("true")
+    assert caplog.text == ""
+    commands.allow_program("echo")
+    assert "the program echo takes the place of the built-in command" in caplog.text
+    with pytest.raises(ValueError, match="there is a command 'echo' already"):
+        commands.allow_program("echo")

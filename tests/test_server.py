@@ -437,7 +437,7 @@ async def test_server_survives_the_lack_of_descriptors(loop: str) -> None:
 
 @needs_proc
 async def test_flood_of_hostile_connections_leaves_the_log_short_and_the_server_well() -> None:
-    async with process("--log-level", "debug", "--max-clients", "5") as karna:
+    async with process("--max-clients", "5") as karna:
         port = karna.port
         before = resident_peak(karna.pid)
 

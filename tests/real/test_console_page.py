@@ -12,13 +12,15 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from karna_ws import serving
-from support import DEADLINE_S, ROOT
+from karna_ws import WebSocketManager, serving
+from services import CommandProcessor, Context, Service
+from support import DEADLINE_S, ROOT, needs
 from support_clients import Wire, Host, make_png
 
 
@@ -134,6 +136,23 @@ class Page:
     async def until_open(self) -> None:
         await self.until("$('link').dataset.state === 'open'")
         await self.until("$('prompt').dataset.commands")
+
+    async def until_reopened(self) -> None:
+        """Wait for a connection that came by itself after one was lost."""
+        await self.until("!document.body.hasAttribute('data-away') && isOpen()")
+
+    async def copied(self) -> str:
+        """What the clipboard of this tab's own context holds."""
+        return str(await self.evaluate("navigator.clipboard.readText()"))
+
+    async def allow_clipboard(self) -> None:
+        session, self.session = self.session, ""
+        await self.call(
+            "Browser.grantPermissions",
+            permissions=["clipboardReadWrite", "clipboardSanitizedWrite"],
+            browserContextId=self.context,
+        )
+        self.session = session
 
     async def until_log(self, words: str) -> str:
         """Wait for a line of the broadcasts with these words; give all of its text."""
@@ -368,7 +387,7 @@ async def test_page_gets_missed_messages_after_a_cut(chromium: str) -> None:
         wire.cut()
         await page.until_log("Connection lost.")
         await page.until_entry("steps", "lost")
-        await page.until("$('link-wait').innerText.includes('trying again in')")
+        await page.until("$('link-wait').innerText.includes('reconnecting in')")
         for number in range(3):
             host.manager.notify(f"missed {number}")
         wire.mend()
@@ -412,6 +431,547 @@ async def test_page_recovers_from_restart_of_server(chromium: str) -> None:
                 assert sorted(lives) == ["first life", "second life"]
         finally:
             await context.__aexit__(None, None, None)
+
+
+async def test_page_away_from_server_says_so_and_loses_nothing(chromium: str) -> None:
+    host = Host()
+    badges = "[...document.querySelectorAll('.badge')].map((e) => getComputedStyle(e).color)"
+    async with (
+        serving(host.manager, port=0) as server,
+        Wire(server.port) as wire,
+        tab(chromium, wire.port) as page,
+    ):
+        await page.until_open()
+        await page.until("document.querySelectorAll('.badge').length >= 4")
+        grey = await page.evaluate("getComputedStyle($('forget')).color")
+        assert grey not in await page.evaluate(badges)
+        assert await page.evaluate("$('run').innerText + $('send').innerText") == "RunSend"
+
+        wire.cut()
+        await page.until("document.body.hasAttribute('data-away')")
+        await page.until("$('usage').innerText.match(/^Offline: reconnecting in \\d+ s/)")
+        assert set(await page.evaluate(badges)) == {grey}
+        assert "last seen" in await page.evaluate("$('services').innerText")
+        assert await page.evaluate("$('run').innerText + $('send').innerText") == "OfflineOffline"
+        assert await page.evaluate("$('line').placeholder") == "Offline"
+
+        await page.run("echo kept")  # refused, clearly, and not lost
+        await page.until("$('usage').innerText.startsWith('Not sent, it stays here. Offline')")
+        assert await page.evaluate("$('line').value") == "echo kept"
+        assert await page.evaluate("document.querySelectorAll('.entry').length") == 0
+        await page.click("button", "Offline")
+        assert "Not sent" in await page.evaluate("$('say').innerText")
+        await page.click("textbox", "Message")
+        await page.type("kept too")
+        await page.press("Enter")
+        await page.until("$('notify').innerText.includes('Not sent. Offline')")
+
+        await page.screenshot("offline.png")
+        host.manager.notify("said meanwhile")
+        wire.mend()
+        await page.until_reopened()  # by itself, and with what was missed
+        await page.until_log("said meanwhile")
+        assert grey not in await page.evaluate(badges)
+        assert await page.evaluate("$('seen').innerText + $('run').innerText") == "Run"
+        assert await page.evaluate("document.querySelector('[name=message]').value") == "kept too"
+        await page.evaluate("$('line').focus()")
+        await page.press("Enter")
+        await page.until_entry("echo kept", "done")
+        assert await page.evaluate("document.querySelectorAll('.entry').length") == 1
+
+
+async def test_page_tells_how_much_it_left_out(chromium: str) -> None:
+    host = Host()
+
+    @host.commands.command
+    async def flood() -> AsyncIterator[Any]:
+        for _ in range(5):
+            yield {"token": "x" * 50_000}
+        yield None
+
+    async with serving(host.manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        told = "document.querySelector('%s').dataset.trimmed"
+        seen = "getComputedStyle(document.querySelector('%s'), '::before').content"
+        await page.run("lines")
+        await page.until_entry("lines", "done")
+        assert await page.evaluate(told % ".lines") == "… 100 earlier lines left out"
+        assert await page.evaluate(seen % ".lines") == '"… 100 earlier lines left out"'
+        await page.run("flood")
+        await page.until_entry("flood", "done")
+        assert await page.evaluate(told % ".prose") == "… 50,000 earlier characters left out"
+        for number in range(501):
+            host.manager.notify(f"number {number}.")
+        await page.until_log("number 500.")
+        await page.until("document.querySelector('#log [data-trimmed]')")
+        assert "earlier broadcast" in await page.evaluate(told % "#log ol")
+        await page.evaluate("for (let n = 0; n < 499; n++) run(`echo ${n}`)")
+        await page.until_entry("echo 498", "done")
+        assert await page.evaluate(told % "#entries") == "… 1 earlier command left out"
+        await page.click("button", "Clear broadcasts")
+        assert await page.evaluate(told % "#log ol") is None
+        assert page.problems == []
+
+
+async def test_transcript_survives_reload_and_can_be_copied_and_cleared(chromium: str) -> None:
+    host = Host()
+
+    @host.commands.command
+    def huge() -> list[str]:
+        return ["y" * 100] * 4000
+
+    texts = "[...document.querySelectorAll('.entry')].map((entry) => entry.innerText)"
+    async with serving(host.manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        for line in ("echo hello", "report", "tokens", "lines", "nope", "picture", "huge"):
+            await page.run(line)
+            await page.until_entry(line, "error" if line == "nope" else "done")
+        before = await page.evaluate(texts)
+        await page.run("steps")
+        await page.until("document.querySelector('progress')?.value === 40")
+        await page.type("a draft")
+        await page.load()
+        await page.until_open()
+        after = await page.evaluate(texts)
+        assert after[:5] == before[:5]
+        assert "(an image)" in after[5]
+        assert "too many to keep over a reload" in after[6]
+        assert "lost" in after[7] and "before the answer came" in after[7]
+        assert len(after) == 8
+        assert await page.evaluate("$('line').value") == "a draft"
+        trimmed = "document.querySelector('.lines').dataset.trimmed"
+        assert await page.evaluate(trimmed) == "… 100 earlier lines left out"
+        kept = "sessionStorage.getItem('karna-transcript').length"
+        assert await page.evaluate(kept) < 1_000_000
+
+        await page.allow_clipboard()
+        await page.click("button", "Copy commands and results")
+        await page.until("$('copy').innerText === 'Copied'")
+        text = await page.copied()
+        assert text.startswith("> echo hello\nhello\n\n> report\n{")
+        assert text.count("The quick fox") == 1 and "\nline 599\n" in text
+        assert "100 earlier lines left out" in text and "unknown_command: no command" in text
+        # A page of an origin that is not secure has no clipboard of its own.
+        await page.evaluate("navigator.clipboard.writeText('')")
+        await page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined}); 0")
+        await page.click("button", "Copy commands and results")
+        await page.until("$('say').innerText === 'Copied.'")
+        await page.load()
+        await page.until_open()
+        assert await page.copied() == text
+
+        await page.evaluate("$('line').value = ''")
+        await page.run("steps")
+        await page.until("document.querySelector('progress')?.value === 40")
+        await page.click("button", "Clear commands and results")
+        assert len(await page.evaluate(texts)) == 1  # the one that runs stays
+        host.go_on.set()
+        await page.until_entry("steps", "done")
+        await page.click("button", "Clear commands and results")
+        assert not await page.evaluate("$('welcome').hidden")
+        await page.load()
+        await page.until_open()
+        assert await page.evaluate(texts) == []
+        assert page.problems == []
+
+
+@pytest.mark.parametrize("stored", ["{", "[]", "null", '{"entries": [{}, 1]}', '{"entries": 5}'])
+async def test_page_opens_whatever_is_in_its_storage(chromium: str, stored: str) -> None:
+    async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        await page.evaluate("keep = () => {}")  # or it would be put right when the page goes
+        await page.evaluate(f"sessionStorage.setItem('karna-transcript', {json.dumps(stored)})")
+        await page.load()
+        await page.until_open()
+        await page.run("echo on")
+        await page.until_entry("echo on", "done")
+        assert page.problems == []
+
+
+class Asking(WebSocketManager):
+    """Asks its raw client questions, and keeps the answers."""
+
+    client: Any
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.error: dict[str, str] | None = None
+
+    def handle_message(self, client: Any, payload: bytes, is_text: bool) -> str | bytes | None:
+        self.client, message = client, json.loads(payload)
+        if message["method"] != "answer":
+            return super().handle_message(client, payload, is_text)
+        self.answers.put_nowait(message["params"])
+        kind = "error" if self.error else "command_response"
+        return json.dumps({"type": kind, "data": self.error, "id": message["id"]})
+
+    def ask(self, call: Any, event: str, *args: Any) -> None:
+        question = {"type": "call", "data": {"event": event, "args": args}, "call": call}
+        self.client.deliver(json.dumps(question).encode(), None)
+
+    async def answer(self) -> dict[str, Any]:
+        return await asyncio.wait_for(self.answers.get(), DEADLINE_S)
+
+
+async def test_question_of_server_is_shown_and_answered(chromium: str) -> None:
+    manager = Asking()
+    asked = "document.querySelector('[data-state=asking]')"
+    async with serving(manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        manager.ask(1, "confirm", "Open the <b>door</b>?")
+        await page.until(asked)
+        assert "Open the <b>door</b>?" in await page.evaluate(f"{asked}.innerText")
+        assert "The server asks" in await page.evaluate("$('say').innerText")
+        assert await page.evaluate("document.activeElement.id") == "line"  # not taken away
+        await page.press("Escape")  # which is for commands
+        await page.screenshot("question.png")
+        await page.click("button", "Yes")
+        assert await manager.answer() == {"call": 1, "data": True}
+        text = await page.until_entry("Open the <b>door</b>?", "done")
+        assert "Yes" in text and "answered" in text
+
+        manager.ask("b", "confirm", "Sure?")
+        await page.until(asked)
+        await page.press("Tab", shift=True)  # the keyboard reaches it from the prompt
+        while await page.evaluate("document.activeElement.innerText") != "No":
+            await page.press("Tab", shift=True)
+        await page.press("Enter")
+        assert await manager.answer() == {"call": "b", "data": False}
+
+        manager.ask(3, "prompt", "Which colour?", "blue")
+        await page.until(asked)
+        await page.click("textbox", "Which colour?")
+        assert await page.evaluate("document.activeElement.value") == "blue"
+        await page.type("-green")
+        await page.press("Enter")
+        answer = await manager.answer()
+        assert answer["call"] == 3 and "-green" in answer["data"]
+
+        for number, refuse in ((4, "Cancel"), (5, "Escape")):
+            manager.ask(number, "prompt", "Which size?")
+            await page.until(asked)
+            if refuse == "Cancel":
+                await page.click("button", "Cancel")
+            else:
+                await page.click("textbox", "Which size?")
+                await page.press("Escape")
+            assert await manager.answer() == {"call": number, "data": None}
+
+        manager.ask(6, "dance")
+        answer = await manager.answer()
+        assert answer["call"] == 6 and "dance" in answer["error"] and "data" not in answer
+
+        manager.error = {"code": "invalid_params", "message": "too late"}
+        manager.ask(7, "confirm", "Still there?")
+        await page.until(asked)
+        await page.click("button", "Yes")
+        assert "too late" in await page.until_entry("Still there?", "error")
+        assert page.problems == []
+
+
+async def test_command_asks_the_page_that_ran_it(chromium: str) -> None:
+    host = Host()
+
+    @host.commands.command
+    async def unlock(context: Context) -> str:
+        return "open" if await context.client.call("confirm", "Unlock it?") else "shut"
+
+    async with serving(host.manager, port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        for word, result in (("Yes", "open"), ("No", "shut")):
+            await page.run("unlock")
+            await page.until("document.querySelector('[data-state=asking]')")
+            await page.click("button", word)
+            assert result in await page.until_entry("unlock", "done")
+        assert page.problems == []
+
+
+async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
+    chromium: str,
+) -> None:
+    manager = Asking()
+    in_view = """(() => {
+      const box = $('transcript').getBoundingClientRect();
+      const own = document.querySelector('[data-state=asking]').getBoundingClientRect();
+      return own.height > 40 && own.top >= box.top - 1 && own.bottom <= box.bottom + 1; })()"""
+    async with (
+        serving(manager, port=0) as server,
+        Wire(server.port) as wire,
+        tab(chromium, wire.port) as page,
+    ):
+        await page.until_open()
+        await page.evaluate("for (let n = 0; n < 40; n++) run(`echo ${n}`)")
+        await page.until_entry("echo 39", "done")
+        await page.evaluate("$('transcript').scrollTop = 0")
+        manager.ask(1, "confirm", "Go on?")
+        await page.until("document.querySelector('[data-state=asking]')")
+        assert await page.evaluate("$('transcript').scrollTop") == 0  # the reader stays there
+        assert await page.evaluate(in_view)
+        await page.evaluate("for (let n = 0; n < 40; n++) run(`echo again ${n}`)")
+        await page.until_entry("echo again 39", "done")
+        assert await page.evaluate(in_view)
+        wire.cut()
+        text = await page.until_entry("Go on?", "lost")
+        assert "before this was answered" in text
+        assert await page.evaluate("document.querySelectorAll('[data-state=asking]').length") == 0
+        wire.mend()
+        await page.until_reopened()
+        assert manager.answers.empty()
+
+
+CONFIRM = r"Confirm unlock <i>\u{202e}"  # what would turn the text around is shown as it is written
+
+
+def add_deciding(commands: CommandProcessor) -> list[str]:
+    """Add `do` and `confirm` as the language service has them with a model; what was confirmed."""
+    confirmed: list[str] = []
+
+    @commands.command
+    async def do(*text: str) -> AsyncIterator[Any]:
+        steps = [
+            {"step": 1, "command": "light kitchen --on", "result": {"on": True}},
+            {"step": 2, "command": "light hall --off", "result": "is off"},
+        ]
+        for step in steps:
+            yield step
+        words = {"text": f"Done: {' '.join(text)}.", "steps": steps, "model": "tiny"}
+        proposal = {
+            "proposal": "k3jf",
+            "command": "unlock <i>\u202e",
+            "expires": "2099-01-01T00:00:00Z",
+        }
+        yield words | (proposal if "door" in text else {})
+
+    @commands.command
+    def confirm(id: str) -> str:
+        confirmed.append(id)
+        return "unlocked"
+
+    return confirmed
+
+
+async def test_sentence_is_offered_to_the_model_whose_steps_and_proposal_are_shown(
+    chromium: str,
+) -> None:
+    commands = CommandProcessor()
+    confirmed = add_deciding(commands)
+    language = Service("language")
+    manager = WebSocketManager(commands=commands, services=[language])
+    offers = "[...document.querySelectorAll('.entry button')].map((e) => e.innerText)"
+    offered = f"{offers}.filter((text) => text === 'Let the model do it').length"
+    async with (
+        serving(manager, port=0) as server,
+        Wire(server.port) as wire,
+        tab(chromium, wire.port) as page,
+    ):
+        await page.until_open()
+        await page.run("open the door")  # without a model nothing is offered
+        await page.until_entry("open the door", "error")
+        assert await page.evaluate(offered) == 0
+        language.set_state("running", "model tiny at localhost:11434")
+        await page.until("services.language?.detail.startsWith('model')")
+        await page.run("notify x --level loud")  # nor for another mistake
+        await page.until_entry("notify x --level loud", "error")
+        assert await page.evaluate(offered) == 0
+
+        await page.run("open the door")
+        await page.until_entry("open the door", "error")
+        await page.click("button", "Let the model do it")
+        text = await page.until_entry("do open the door", "done")
+        assert "Done: open the door." in text and "by tiny" in text
+        steps = "[...document.querySelectorAll('.steps > li')].map((e) => e.innerText)"
+        assert [step.split("\n")[0] for step in await page.evaluate(steps)] == [
+            "light kitchen --on",
+            "light hall --off",
+        ]
+        assert "unlock <i>\\u{202e}" in text and "until" in text and not confirmed
+        await page.screenshot("proposal.png")
+
+        wire.cut()
+        await page.until("document.body.hasAttribute('data-away')")
+        await page.click("button", CONFIRM)
+        await page.until("$('usage').innerText.startsWith('Not sent')")
+        assert not await page.evaluate("document.querySelector('.card button').disabled")
+        wire.mend()
+        await page.until_reopened()
+        await page.load()
+        await page.until_open()
+        await page.click("button", CONFIRM)  # it survives a reload
+        assert "unlocked" in await page.until_entry("confirm k3jf", "done")
+        assert confirmed == ["k3jf"]
+        assert await page.evaluate("document.querySelector('.card button').disabled")
+
+
+async def test_page_tells_how_to_use_the_server_from_elsewhere(chromium: str) -> None:
+    needs("curl")
+    shown = """Object.fromEntries([...document.querySelectorAll('#elsewhere .all > div')].map(
+      (box) => [box.querySelector('.row').firstChild.innerText, box.querySelector('pre').innerText]
+    ))"""
+    async with (
+        serving(Host().manager, port=0) as server,
+        tab(chromium, server.port) as page,
+    ):
+        base = f"http://localhost:{server.port}"
+        await page.until_open()
+        await page.click("DisclosureTriangle", "Use from elsewhere")
+        await page.until("$('elsewhere').open")
+        doors = await page.evaluate(shown)
+        assert doors["WebSocket"] == f"ws://localhost:{server.port}/ws"
+        assert doors["JSON-RPC 2.0"] == f"{base}/rpc"
+        assert f'io("ws://localhost:{server.port}/ws"' in doors["Socket.IO"]
+        assert await run_shell(doors["HTTP"]) == {"command": "echo hello", "result": "hello"}
+        async with connect(doors["WebSocket"]) as ws:
+            await ws.send('{"method": "get_status"}')
+            assert json.loads(await ws.recv())["type"] == "status_update"
+        for name in ("Status", "Metrics"):
+            assert (await asyncio.to_thread(urlopen, doors[name])).status == 200
+        assert urlsplit(doors["Model Context Protocol"]).path == "/mcp"
+
+        assert list(doors.values())[-1] == await mcp_setup(page, "Cursor and most hosts")
+        setups = {
+            "Cursor and most hosts": {"mcpServers": {"karna": {"url": f"{base}/mcp"}}},
+            "VS Code": {"servers": {"karna": {"type": "http", "url": f"{base}/mcp"}}},
+        }
+        for host, setup in setups.items():
+            assert json.loads(await mcp_setup(page, host)) == setup
+        command = f"claude mcp add --transport http karna {base}/mcp"
+        assert await mcp_setup(page, "Claude Code") == command
+        await page.allow_clipboard()
+        await page.click("button", "Copy the setup")
+        await page.until("$('say').innerText === 'Copied.'")
+        assert await page.copied() == command
+        await page.screenshot("elsewhere.png")
+        assert page.problems == []
+
+
+async def test_addresses_mention_the_token_without_showing_it(chromium: str) -> None:
+    needs("curl")
+    async with (
+        serving(Host().manager, port=0, token="s3same") as server,
+        tab(chromium, server.port, "/#token=s3same") as page,
+    ):
+        await page.until_open()
+        text = await page.evaluate("$('elsewhere').textContent")
+        assert "Authorization: Bearer TOKEN" in text and "s3same" not in text
+        curl = "[...document.querySelectorAll('#elsewhere pre')][2].textContent"
+        answer = await run_shell(await page.evaluate(curl), KARNA_TOKEN="s3same")
+        assert answer["result"] == "hello"
+        server_of = json.loads(await mcp_setup(page, "VS Code"))["servers"]["karna"]
+        assert server_of["headers"] == {"Authorization": "Bearer TOKEN"}
+        assert "$KARNA_TOKEN" in await mcp_setup(page, "Claude Code")
+
+
+async def mcp_setup(page: Page, host: str) -> str:
+    """What the page says for this MCP host."""
+    choice = "document.querySelector('#elsewhere select')"
+    await page.evaluate(f"{choice}.value = {json.dumps(host)}; {choice}.onchange()")
+    setup = "document.querySelector('#elsewhere .all > :last-child pre').textContent"
+    return str(await page.evaluate(setup))
+
+
+async def run_shell(line: str, **environment: str) -> Any:
+    """Run what the page says as a person would; the data of the answer."""
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", line,
+        env=os.environ | environment,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    output, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    return json.loads(output)["data"]
+
+
+AXE = """axe.run(document, {
+  runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice'],
+}).then(({violations}) => violations.map(({id, nodes}) =>
+  `${id}: ${nodes.map(({html}) => html.slice(0, 120)).join(' | ')}`))"""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_page_passes_axe(chromium: str, node_dir: Path, width: int, scheme: str) -> None:
+    axe = (node_dir / "node_modules/axe-core/axe.min.js").read_text()
+    host = Host(Asking)
+    add_deciding(host.commands)
+    manager: Any = host.manager
+    async with (
+        serving(manager, port=0) as server,
+        Wire(server.port) as wire,
+        tab(chromium, wire.port, width=width, height=844, scheme=scheme) as page,
+    ):
+        await page.until_open()
+        await page.evaluate(axe + "; 0")
+        assert await page.evaluate(AXE) == []  # empty
+        for level in ("info", "warning", "error"):
+            manager.notify(f"of level {level}", level=level)
+        for line in ("help", "report", "lines", "ecoh", "do open the door"):
+            await page.run(line)
+            await page.until_entry(line, "error" if line == "ecoh" else "done")
+        await page.run("steps")
+        await page.until("document.querySelector('progress')?.value === 40")
+        manager.ask(1, "prompt", "Which colour?")
+        await page.until("document.querySelector('[data-state=asking]')")
+        await page.evaluate("$('elsewhere').open = true")
+        await page.type("cou")
+        await page.until("!$('list').hidden")
+        assert await page.evaluate(AXE) == []
+        wire.cut()
+        await page.until("document.body.hasAttribute('data-away')")
+        assert await page.evaluate(AXE) == []
+
+
+async def test_prompt_stays_in_view_on_a_small_screen(chromium: str) -> None:
+    in_view = """(() => {
+      const {top, bottom, right} = $('line').getBoundingClientRect();
+      return top > innerHeight / 2 && bottom <= innerHeight && right <= innerWidth; })()"""
+    async with (
+        serving(Host().manager, port=0) as server,
+        tab(chromium, server.port, width=390, height=844) as page,
+    ):
+        await page.until_open()
+        assert await page.evaluate("scrollY") == 0
+        for line in ("help", "report", "lines"):
+            await page.run(line)
+            await page.until_entry(line, "done")
+        assert await page.evaluate("scrollY") == 0  # neither focus nor typing moves the page
+        assert await page.evaluate("document.documentElement.scrollWidth") == 390
+        for height in (844, 430):  # 430: what a keyboard on the screen leaves
+            await page.look(390, height)
+            for place in ("0", "document.body.scrollHeight / 2", "document.body.scrollHeight"):
+                await page.evaluate(f"scrollTo(0, {place})")
+                assert await page.evaluate(in_view), (height, place)
+        await page.evaluate("$('elsewhere').open = true")
+        await page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        await page.run("echo seen")  # from the page's end: its answer is brought into view
+        await page.until_entry("echo seen", "done")
+        answer = "[...document.querySelectorAll('.entry')].at(-1).getBoundingClientRect()"
+        below = "$('prompt').getBoundingClientRect().top"
+        assert await page.evaluate(f"{answer}.top >= 0 && {answer}.bottom <= {below}")
+        # A keyboard that covers the page, as on iOS, lifts the prompt.
+        cover = "Object.defineProperty(visualViewport, 'height', {value: innerHeight - 100});"
+        await page.evaluate(cover + "visualViewport.dispatchEvent(new Event('resize'))")
+        bottom = "innerHeight - $('prompt').getBoundingClientRect().bottom"
+        assert round(await page.evaluate(bottom)) == 100
+
+
+async def test_focus_is_visible(chromium: str) -> None:
+    async with serving(Asking(), port=0) as server, tab(chromium, server.port) as page:
+        await page.until_open()
+        await page.run("ecoh")
+        await page.until_entry("ecoh", "error")
+        await page.evaluate("$('elsewhere').open = true")
+        seen, plain = set(), []
+        for _ in range(60):
+            await page.press("Tab")
+            name, style = await page.evaluate(
+                "(({activeElement: e}) => [e.ariaLabel || e.innerText || e.id,"
+                " getComputedStyle(e).outlineStyle])(document)"
+            )
+            seen.add(name)
+            if style == "none" and name != "":
+                plain.append(name)
+        assert {"Run", "Commands and results", "Use from elsewhere", "MCP host"} <= seen
+        assert not [name for name in plain if not name.startswith("Karna WS")]  # the body itself
 
 
 async def test_page_asks_for_token_and_keeps_it_for_the_tab(chromium: str) -> None:

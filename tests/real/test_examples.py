@@ -120,6 +120,12 @@ async def test_lights_example_runs() -> None:
         await rpc(ws, "execute_command", {"command": "bus plug"}, "command_response")
         status = await rpc(ws, "get_status", {}, "status_update")
         assert status["bus"]["state"] == "running"
+        watched = await rpc(ws, "execute_command", {"command": "watch porch"}, "command_response")
+        assert watched["result"] == ["porch"]
+        for lamp in ("kitchen", "porch"):  # of the first one nothing is heard
+            await ws.send(json.dumps({"method": "execute_command",
+                                      "params": {"command": f"light {lamp} off"}}))  # fmt: skip
+        assert await data_of(ws, "lamp") == {"lamp": "porch", "level": 0}
 
 
 @pytest.mark.parametrize("words", [("karna_ws.py",), ("-m", "karna_ws")], ids=" ".join)

@@ -14,6 +14,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 from karna_ws import WebSocketManager, serving
+from services import Context
 from support import DEADLINE_S
 from support_clients import (
     CHROMIUM,
@@ -247,6 +248,36 @@ async def test_socket_io_client_recovers_every_broadcast_over_network_cut(
         assert messages == expected
 
 
+async def test_socket_io_client_answers_questions_and_is_told_as_much_as_was_said(
+    node_dir: Path,
+) -> None:
+    """An event that ends in a string brings one argument more, a function nobody waits for."""
+    script = """
+      const socket = connectTo(url);
+      socket.on('confirm', (question, answer) => answer(question === 'burn?'));
+      socket.on('choose', (a, b, answer) => answer(a, b));
+      socket.on('told', (...args) => say('told', args.filter((each) => typeof each !== 'function')));
+      await told('end');
+      socket.disconnect();
+      finish();
+    """
+    manager = WebSocketManager()
+    async with (
+        serving(manager, port=0) as server,
+        frontend_node(node_dir, SOCKET_IO + script, ws_url(server.port)) as program,
+    ):
+        await program.wait_for("connect")
+        (client,) = manager.all_clients()
+        assert await client.call("confirm", "burn?") is True
+        assert await client.call("confirm", "freeze?") is False
+        assert await client.call("choose", 1, "x") == [1, "x"]
+        for args in (["colour?"], [1], [], ["a", "b"]):
+            await client.emit("told", *args)
+            assert await program.wait_for("told") == args
+        program.tell("end")
+        await program.ends()
+
+
 async def test_socket_io_client_2_is_told_to_upgrade(node_dir: Path) -> None:
     script = """
       import io from 'socket.io-client-2';
@@ -410,6 +441,69 @@ async def test_karna_client_sends_the_token(node_dir: Path, karna_client_js: Pat
         assert outcome["value"]["result"] == "in"
         await program.ends()
         assert len(program.all("open")) == 1
+
+
+async def test_karna_client_answers_what_the_server_asks(
+    node_dir: Path, karna_client_js: Path
+) -> None:
+    script = """
+      const karna = start();
+      karna.answer('confirm', async (question) => question === 'Really?');
+      karna.answer('never', () => { throw new Error('I will not'); });
+      karna.answer('nothing', () => {});
+      for (const event of ['confirm', 'nothing', 'never', 'unheard'])
+        say('outcome', await outcome(karna.command(`ask ${event} Really?`)));
+      karna.close();
+      finish();
+    """
+    manager = WebSocketManager()
+
+    @manager.commands.command
+    async def ask(event: str, question: str, context: Context) -> Any:
+        return await context.client.call(event, question)
+
+    async with (
+        serving(manager, port=0) as server,
+        frontend_node(
+            node_dir, KARNA_CLIENT + script, ws_url(server.port), karna_client_js
+        ) as program,
+    ):
+        await program.ends()
+        agreed, nothing, refused, unheard = program.all("outcome")
+        assert agreed["value"]["result"] is True
+        assert nothing["value"]["result"] is None
+        assert (refused["code"], unheard["code"]) == ("command_failed",) * 2
+        assert "I will not" in refused["message"] and "unheard" in unheard["message"]
+        assert program.all("error") == []
+
+
+async def test_karna_client_comes_back_where_no_close_tells_of_a_failure(
+    node_dir: Path, karna_client_js: Path
+) -> None:
+    """Node 22's WebSocket fires `error` alone when a connection was never made."""
+    script = """
+      let tries = 0;
+      class Silent {
+        constructor(url) {
+          if (++tries === 3) return new WebSocket(url);
+          setTimeout(() => this.onerror({}), 1);
+        }
+        close() {}
+      }
+      const karna = start({ WebSocket: Silent });
+      say('outcome', await outcome(karna.command('echo back')));
+      karna.close();
+      finish();
+    """
+    async with (
+        serving(WebSocketManager(), port=0) as server,
+        frontend_node(
+            node_dir, KARNA_CLIENT + script, ws_url(server.port), karna_client_js
+        ) as program,
+    ):
+        assert (await program.wait_for("outcome"))["value"]["result"] == "back"
+        await program.ends()
+        assert [each["code"] for each in program.all("close")] == [1006, 1006, 1000]
 
 
 async def test_karna_client_works_in_chromium(node_dir: Path, karna_client_js: Path) -> None:

@@ -47,3 +47,28 @@ async def test_python_socketio_client_works_unmodified() -> None:
             await socketio.AsyncClient(reconnection=False).connect(
                 f"http://127.0.0.1:{server.port}", namespaces=["/no"], transports=["websocket"]
             )
+
+
+async def test_python_socketio_client_is_asked_and_keeps_the_arity_of_events() -> None:
+    """An event that ends in a string has an ack id that nobody waits for: no argument more."""
+    needs("socketio", "aiohttp")
+    import socketio
+
+    manager = WebSocketManager()
+    told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+    async with asyncio.timeout(DEADLINE_S), serving(manager, port=0) as server:
+        client = socketio.AsyncClient(reconnection=False)
+        client.on("told", lambda *args: told.put_nowait(args), namespace="/ws")
+        client.on("confirm", lambda question: question == "burn?", namespace="/ws")
+        await client.connect(
+            f"http://127.0.0.1:{server.port}", namespaces=["/ws"], transports=["websocket"]
+        )
+        try:
+            (peer,) = manager.all_clients()
+            for args in (("colour?",), (1,), (), ("a", "b")):
+                await peer.emit("told", *args)
+                assert await told.get() == args
+            assert await peer.call("confirm", "burn?") is True
+            assert await peer.call("confirm", "freeze?") is False
+        finally:
+            await client.disconnect()

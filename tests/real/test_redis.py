@@ -101,7 +101,7 @@ async def held_back(redis: RedisServer, server: Any, *others: Any) -> AsyncItera
 async def test_client_with_an_offset_of_the_future_gets_a_gap(
     redis: RedisServer, door: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("karna_ws.LAG_S", 0.05)
+    monkeypatch.setattr("karna.admission.LAG_S", 0.05)
     async with served(backplane=redis.url) as a, following((a, door)) as (follower,):
         await say(a, "1")
         await follower.until("1")
