@@ -47,7 +47,7 @@ from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import Door
+from karna.door import HOLD_BATCH, Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, name_stray
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
 
     from karna.backplane import RedisBackplane
     from karna.mcp import Mcp
+    from karna.reload import Parent
 
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
@@ -772,10 +773,19 @@ def answer_rpc(manager: WebSocketManager, exchange: Exchange, body: bytes) -> No
         answer = handle_json_rpc(client, message, len(body), manager.json_rpc)
         messages = message if isinstance(message, list) else [message]
         if answer is None and all(map(is_notification, messages)):
-            return exchange.answer(204, b"")
+            return _answer_notified(exchange)
     if answer is not None:
         client.deliver(answer, None)
     return None
+
+
+def _answer_notified(exchange: Exchange) -> None:
+    """204, once the last notification of a batch has been handled."""
+    connection = exchange.connection
+    if connection.is_held(HOLD_BATCH):
+        connection.hub.turns.wait(functools.partial(_answer_notified, exchange))
+    else:
+        exchange.answer(204, b"")
 
 
 def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
@@ -897,13 +907,18 @@ def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
     return manager
 
 
-async def run(manager: WebSocketManager, options: Mapping[str, Any]) -> None:
-    """Serve as `serve()` does, and say so."""
+async def run(
+    manager: WebSocketManager, options: Mapping[str, Any], parent: Parent | None = None
+) -> None:
+    """Serve as `serve()` does, and say so. parent: who may start us again."""
     from karna.command_line import describe_server, say
 
     asyncio.get_running_loop().set_exception_handler(manager.log_loop_error)
     async with serving(manager, **options) as server:
-        say(describe_server(__version__, server.config, server.listener.sockets[0]))
+        if parent is None or parent.is_first:
+            say(describe_server(__version__, server.config, server.listener.sockets[0]))
+        if parent is not None:
+            parent.obey(server.make_way)
         await _serve_until_stopped(server)
 
 
@@ -918,11 +933,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_line.set_up_logging(arguments.log_level)
         command_line.warn_of_misspelt(os.environ, vars(arguments))
         options = {option.name: getattr(arguments, option.name) for option in fields(Config)}
-        config = make_config(options)
+        config, parent = make_config(options), None
+        if arguments.reload:
+            from karna import reload
+
+            parent = reload.find_parent()
+            if parent is None:
+                return reload.supervise(arguments.program, config)
+            options["grace_s"] = min(config.grace_s, reload.GRACE_S)
         manager = make_manager(arguments)
         loop_factory = functools.partial(command_line.new_event_loop, config.loop)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(run(manager, options))
+            runner.run(run(manager, options, parent))
             # Closing the runner waits for every task, even one that ignores its cancellation.
             last_resort = threading.Timer(LAST_RESORT_S, os._exit, (0,))
             last_resort.daemon = True

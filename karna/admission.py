@@ -36,6 +36,7 @@ class AdmissionHub(BroadcastHub):
     def __init__(self) -> None:
         super().__init__()
         self.handlers: dict[str, Command] = {}  # of the program, by event
+        self.deciding: set[Client] = set()  # who is here and whose connect handler runs
         self._parted: OrderedDict[Any, Any] = OrderedDict()  # state and groups of who may recover
 
     def send_status(self, client: Client) -> None:
@@ -85,9 +86,18 @@ class AdmissionHub(BroadcastHub):
             return self._decided(client, None, None)
         if client.door == "raw":
             client.connection.hold(HOLD_CONNECT)
+        self.deciding.add(client)
         call = Call(handler, [client, client.auth], {})
-        decided = functools.partial(self._decided, client)
+        decided = functools.partial(self._asked, client)
         self.commands.start_call(call, Context(client, owner=client.connection), decided)
+
+    def _asked(self, client: Client, value: Any, error: RequestError | None) -> None:
+        """Its connect handler has ended."""
+        if client in self.deciding:
+            self.deciding.discard(client)
+        else:  # it has left meanwhile
+            self.leaving -= 1
+        self._decided(client, value, error)
 
     def _decided(
         self, client: Client, value: Any, error: RequestError | None
@@ -104,7 +114,8 @@ class AdmissionHub(BroadcastHub):
         if since is not None and not self._is_ahead(since):
             missed = self.history.since(since)
         if missed is not None and replay_bytes(missed) > REPLAY_AT_ONCE_BYTES:
-            self.spawn(self._replay(client, missed), f"replay for {client.id}")
+            client.connection.hold(HOLD_CONNECT)
+            self.entering.spawn(self._replay(client, missed), f"replay for {client.id}")
         else:
             self._enter(client, missed)
 
@@ -113,21 +124,23 @@ class AdmissionHub(BroadcastHub):
 
         Until then it is not read: an answer would tell an offset that it has not come to.
         """
-        client.connection.hold(HOLD_CONNECT)
         longest_s = self.config.raw_ping_interval_s + self.config.ping_timeout_s
         left: list[Entry] | None = missed
-        while left is not None and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
+        while client.is_present and left and replay_bytes(left) > REPLAY_AT_ONCE_BYTES:
             for entry in self.missed_by(client, left):
                 client.send_missed(entry)
-                if not await client.connection.written_within(longest_s):
-                    return
+                await client.connection.written_within(longest_s)
+                if not client.is_present:
+                    break
             self.flush_broadcasts()
             left = self.history.since(left[-1].offset)
         self._enter(client, left)
 
     def _enter(self, client: Client, missed: list[Entry] | None) -> None:
-        """It is live from now on."""
+        """It is live from now on, unless it has left."""
         client.connection.release(HOLD_CONNECT)
+        if not client.is_present:
+            return
         self._add(client)
         client.welcome(None if missed is None else self.missed_by(client, missed))
         if missed is not None and self.backplane is not None:
@@ -161,7 +174,10 @@ class AdmissionHub(BroadcastHub):
             before.connection.close(
                 CloseCode.POLICY_VIOLATION, "the client came back by another connection"
             )
+            self._parted.pop((client.namespace, client.id), None)  # this one has it already
         members[client.id] = client
+        for group in client.groups:
+            self.groups.setdefault(group, set()).add(client)
         came(client)
 
     def leave(self, client: Client, reason: str) -> None:
@@ -171,6 +187,9 @@ class AdmissionHub(BroadcastHub):
             self._keep_state(client)
         if client.groups:
             self.leave_groups(client, client.groups)
+        if client in self.deciding:  # who comes and goes in turn starts no handlers without end
+            self.deciding.discard(client)
+            self.leaving += 1
         if not self.is_in(client):
             return
         del self._members(client)[client.id]

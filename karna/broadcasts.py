@@ -183,6 +183,10 @@ class BroadcastHub(CommandHub):
             write_all([*map(_connection_of, sharers)], frames)
         self.deliveries += len(entries) * len(clients)
 
+    def is_in(self, client: Client) -> bool:
+        """Was it let in, and has not left?"""
+        raise NotImplementedError
+
     # Groups.
 
     def count_of(self, group: str | None) -> int:
@@ -190,18 +194,22 @@ class BroadcastHub(CommandHub):
         return self.count_clients() if group is None else len(self.groups.get(group, ()))
 
     def join_group(self, client: Client, group: str) -> None:
-        """From now on the client gets what is broadcast to the group."""
+        """From now on the client gets what is broadcast to the group; once it has been let in.
+
+        One that has left, or that HTTP has only lent, joins nothing.
+        """
         self.flush_broadcasts()  # to those who are in it
         client.groups = client.groups | {group}
-        self.groups.setdefault(group, set()).add(client)
+        if self.is_in(client):
+            self.groups.setdefault(group, set()).add(client)
 
     def leave_groups(self, client: Client, groups: Iterable[str]) -> None:
         """From now on the client gets nothing more that is broadcast to these groups."""
         self.flush_broadcasts()
         for group in client.groups.intersection(groups):
-            members = self.groups[group]
+            members = self.groups.get(group, set())  # without it, if it was not let in
             members.discard(client)
-            if not members:
+            if not members and group in self.groups:
                 del self.groups[group]
         client.groups = client.groups.difference(groups)
 

@@ -344,6 +344,16 @@ def call_inline(request: Request, call: Call) -> bytes | None:
         raise
 
 
+def count_waiting(connection: Connection, count: int, size: int) -> None:
+    """More, or less, waits for commands to end; when it is too much the client is not read."""
+    connection.waiting += count
+    connection.waiting_bytes += size
+    if connection.waiting > MAX_WAITING or connection.waiting_bytes > MAX_WAITING_BYTES:
+        connection.hold(HOLD_CALLS)
+    else:
+        connection.release(HOLD_CALLS)
+
+
 class Calls:
     """What a connection has running and waiting: its order, its limit, its cancellation.
 
@@ -461,13 +471,7 @@ class Calls:
             request.deliver(answer)
 
     def _count_waiting(self, count: int, size: int) -> None:
-        connection = self.connection
-        connection.waiting += count
-        connection.waiting_bytes += size
-        if connection.waiting > MAX_WAITING or connection.waiting_bytes > MAX_WAITING_BYTES:
-            connection.hold(HOLD_CALLS)
-        else:
-            connection.release(HOLD_CALLS)
+        count_waiting(self.connection, count, size)
 
     def cancel(self, client: Client, wanted: int | str) -> bool:
         """Cancel the client's running or waiting requests of this id; were there any?"""

@@ -174,6 +174,11 @@ def _add_host_flags(groups: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         default = _environment(flag)
         groups["commands"].add_argument(flag, metavar=metavar, default=default, help=help)
+    reloads = _environment("--reload")
+    groups["run"].add_argument(
+        "--reload", action="store_true", default=reloads and _read_bool("--reload", reloads),
+        help="start again when PROGRAM.py, or a module beside it, has changed",
+    )  # fmt: skip
     groups["run"].add_argument(
         "--log-level", metavar="LEVEL", type=str.lower,
         default=_environment("--log-level") or "info",
@@ -197,7 +202,8 @@ def in_terms_of_flags(error: Exception, arguments: Sequence[str] = ()) -> str:
     """An error's text; the option that it begins with as what its owner wrote: flag or variable."""
     name, _, rest = str(error).partition(" ")
     flags = {option.name: _flag(option) for option in fields(Config)}
-    flag = {**flags, "conversation_turns": "--conversation-turns"}.get(name, name)
+    flags["conversation_turns"] = "--conversation-turns"
+    flag = flags.get(name, name)
     is_flag = flag.startswith("--")
     if is_flag and _environment(flag) and not any(map(functools.partial(_is, flag), arguments)):
         flag = _variable(flag)

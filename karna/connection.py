@@ -79,7 +79,8 @@ class Connection(Sender):
         self.pinged_at: float | None = None
         self.calls: Any = None  # what its clients have running and waiting, while there is any
         self.leaving = 0  # its disconnect handlers that run
-        self.waiting = 0  # requests, all namespaces together, that wait for a command to end
+        # Requests, of all namespaces, that wait for a command to end; and answers, in a batch.
+        self.waiting = 0
         self.waiting_bytes = 0
         self._tail: bytearray | None = None  # what arrived of the next frame or request
         self._need = 0  # bytes that `_tail` must have before another look at it is worth while
@@ -396,6 +397,10 @@ class Connection(Sender):
             self._need = 0
             # Not now: the caller may be in the middle of handling another message.
             self.hub.turns.wait(self.read_kept)
+
+    def is_held(self, reason: int) -> bool:
+        """Is it not read, for this reason?"""
+        return bool(self._holds & reason)
 
     def count_leaving(self, count: int) -> None:
         """Disconnect handlers begin or end: who joins and leaves in turn waits for them."""

@@ -54,13 +54,14 @@ class Hub:
         self.connections: set[Any] = set()  # of Swept; each room knows them by what it needs
         self.pending: dict[Any, None] = {}  # those not let in yet, the oldest first
         self.seats: set[Any] = set()  # those that were let in, and have not left
-        self.leaving = 0  # disconnect handlers that run: each keeps its client's place
+        self.leaving = 0  # handlers that run for who has left: each keeps its client's place
         self.names = itertools.count(1)  # of connections, in logs
         self.bytes_in = self.bytes_out = self.messages_in = self.messages_out = 0
         self.metrics = Metrics()
         self.log_gate = LogGate()
         self.traces = False  # does the log show each request? Told when it begins to serve
         self.tasks = Tasks(self.log_error)
+        self.entering = Tasks(self.log_error)  # handshakes and replays: no stop waits for their end
         self.is_draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # while it serves
         self.thread = 0  # of that loop

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from orjson import dumps
 
-from karna.calls import Client, Request
+from karna.calls import Client, Request, count_waiting
 from karna.connection import MAX_MESSAGES
 from karna.door import HOLD_BATCH
 from karna.envelopes import encode_json
@@ -81,7 +81,9 @@ class JsonRpcRequest(Request):
 class Batch:
     """The requests of one batch, handled some a turn, and their answers, sent together."""
 
-    __slots__ = ("_answers", "_client", "_item_bytes", "_items", "_methods", "_wanted")
+    __slots__ = (
+        "_answers", "_client", "_item_bytes", "_items", "_kept_bytes", "_methods", "_wanted",
+    )  # fmt: skip
 
     def __init__(self, client: Client, items: list[Any], item_bytes: int, methods: Methods) -> None:
         self._client = client
@@ -89,6 +91,7 @@ class Batch:
         self._item_bytes = item_bytes  # of one on average, for the bound on what waits
         self._methods = methods
         self._answers: list[bytes] = []
+        self._kept_bytes = 0  # of them
         self._wanted = sum(not is_notification(item) for item in items)
 
     def add(self, answer: bytes | None) -> bytes | None:
@@ -96,8 +99,13 @@ class Batch:
         if answer is None:
             return None
         self._answers.append(answer)
-        is_whole = len(self._answers) == self._wanted
-        return b"[" + b",".join(self._answers) + b"]" if is_whole else None
+        connection = self._client.connection
+        if len(self._answers) < self._wanted:  # as long as one of them runs the others are kept
+            self._kept_bytes += len(answer)
+            count_waiting(connection, 0, len(answer))
+            return None
+        count_waiting(connection, 0, -self._kept_bytes)
+        return b"[" + b",".join(self._answers) + b"]"
 
     def go_on(self) -> bytes | None:
         """Handle the next requests; the whole answer, if it is complete by then."""
@@ -115,6 +123,7 @@ class Batch:
         if self._client.is_present:
             whole = self.go_on()
             if whole is not None:
+                self._client.connection.allow(len(whole))
                 self._client.deliver(whole, None)
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -81,6 +82,8 @@ class Listener:
             if isinstance(name, tuple):
                 check_binding(replace(config, host=name[0]))
                 return await websockets_serve(_unused_handler, sock=inherited, **options)
+            if sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False  # the file is who bound it's to remove
             return await websockets_unix_serve(_unused_handler, sock=inherited, **options)
         if config.unix is not None:
             return await self._bind_unix(config.unix, options)
@@ -184,8 +187,15 @@ def is_loopback(host: str) -> bool:
     return all(address.startswith("127.") or address == "::1" for address in addresses)
 
 
+PASSED_SOCKET = "_KARNA_LISTEN_FD"  # by a parent of ours; the number is no promise
+
+
 def inherited_socket() -> socket.socket | None:
-    """The listening socket that systemd passed, if it did (sd_listen_fds)."""
+    """The listening socket that systemd passed, if it did (sd_listen_fds), or a parent of ours."""
+    if PASSED_SOCKET in os.environ:
+        passed = socket.socket(fileno=int(os.environ.pop(PASSED_SOCKET)))
+        passed.set_inheritable(False)
+        return passed
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     if os.environ.get("LISTEN_FDS") != "1":
@@ -195,6 +205,50 @@ def inherited_socket() -> socket.socket | None:
     inherited = socket.socket(fileno=3)
     inherited.set_inheritable(False)
     return inherited
+
+
+def bind_socket(config: Config) -> socket.socket:
+    """The one listening socket that the config asks for, for children to serve on.
+
+    Of a name's addresses it is the first, IPv4 before IPv6. Raises StartError.
+    """
+    check_binding(config)
+    try:
+        return _bind_unix(config.unix) if config.unix is not None else _bind_tcp(config)
+    except OSError as error:
+        raise StartError(_explain_bind(config, error)) from None
+
+
+def _bind_tcp(config: Config) -> socket.socket:
+    options: dict[str, Any] = {"backlog": BACKLOG, "reuse_port": config.reuse_port}
+    if not config.host and socket.has_dualstack_ipv6():
+        options |= {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        return socket.create_server(("", config.port), **options)
+    host = config.host or "0.0.0.0"
+    found = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)
+    family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return socket.create_server((str(address[0]), config.port), family=family, **options)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    if _is_served(path):
+        raise StartError(f"{path} is in use by another server; choose another with --unix")
+    with suppress(FileNotFoundError):
+        os.unlink(path)  # of a server that was killed
+    listening = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)  # as for a server of one process
+    try:
+        listening.bind(path)
+    finally:
+        os.umask(mask)
+    listening.listen(BACKLOG)
+    return listening
+
+
+def unlink_socket(listening: socket.socket) -> None:
+    """Remove the file of a Unix socket that `bind_socket` made."""
+    with suppress(OSError):
+        os.unlink(listening.getsockname())
 
 
 def _is_served(path: str) -> bool:

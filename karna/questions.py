@@ -62,8 +62,11 @@ class Questions:
         if error is None:
             waiting.set_result(data)
         else:
-            text = f"the client answered: {one_line(str(error))}"
-            waiting.set_exception(CommandFailed(text))
+            try:
+                text = one_line(str(error))
+            except RecursionError:
+                text = "something nested too deeply"
+            waiting.set_exception(CommandFailed(f"the client answered: {text}"))
         return True
 
     def abandon(self) -> None:

@@ -122,6 +122,11 @@ class Server:
             self._closing = asyncio.ensure_future(self._close())
         return self._closing
 
+    def make_way(self) -> None:
+        """`close`, for another process with the same socket: who connects now waits for that."""
+        self.listener.stop_accepting()
+        self.close()
+
     async def wait_closed(self) -> None:
         """Wait until the server has stopped."""
         while self._closing is None:
@@ -154,6 +159,7 @@ class Server:
         await self._wait_for_peers(1.0)
         await self._monitor.stop()
         cast("asyncio.Task[None]", self._sweep).cancel()
+        await manager.entering.end_all()
         await manager.tasks.end_all()
         await self.listener.wait_closed()
         manager.end()

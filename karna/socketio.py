@@ -39,6 +39,7 @@ from karna.packets import (
     insert_attachments,
 )
 
+MAX_AUTH_BYTES = 16 * 1024  # a token, and what a program asks for: it is kept as long as the client
 MAX_PID_CHARS = 100  # of a private id that a client comes back with
 
 
@@ -312,7 +313,10 @@ class SocketIoSession(Door):
         return handler
 
     def _connect(self, packet: Packet, size: int) -> None:
-        self.connect(packet.namespace, packet.data or {})
+        if size > MAX_AUTH_BYTES:
+            text = f"auth has over {MAX_AUTH_BYTES} bytes"
+            return self.refuse(packet.namespace, text, code="too_large")
+        return self.connect(packet.namespace, packet.data or {})
 
     def _event(self, packet: Packet, size: int) -> bytes | None:
         return self.handle_event(self.clients[packet.namespace], packet.data, packet.ack, size)

@@ -98,7 +98,7 @@ class TlsEntrance(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self.transport.pause_reading()  # what arrives belongs to the handshake
         self.hub.adopt(self)
-        self.hub.spawn(self._shake_hands(), "TLS handshake")
+        self.hub.entering.spawn(self._shake_hands(), "TLS handshake")
 
     def data_received(self, data: bytes) -> None:
         self._early += data
@@ -115,8 +115,20 @@ class TlsEntrance(asyncio.Protocol):
         """Cut the connection."""
         self.transport.abort()
 
+    def _hand_over(self, early: bytes) -> None:
+        """Give what has arrived to asyncio's TLS, which has taken our place by now."""
+        protocol = cast(asyncio.BufferedProtocol, self.transport.get_protocol())
+        while early:
+            buffer = cast(memoryview, protocol.get_buffer(len(early)))
+            size = min(len(buffer), len(early))
+            buffer[:size], early = early[:size], early[size:]
+            protocol.buffer_updated(size)
+
     async def _shake_hands(self) -> None:
         loop, timeout_s = asyncio.get_running_loop(), self.hub.config.open_timeout_s
+        if self._early:  # uvloop reads on in spite of the pause
+            loop.call_soon(self._hand_over, self._early)  # before the handshake begins
+            self._early = b""
         try:
             transport = await loop.start_tls(
                 self.transport, self, self._context, server_side=True,

@@ -248,7 +248,7 @@ async def test_http_client_can_not_join_a_group() -> None:
 
 
 async def test_questions_to_one_client_are_bounded() -> None:
-    async with served(WebSocketManager()) as server, Raw.open(server):
+    async with served(WebSocketManager()) as server, Raw.open(server, max_queue=None):
         (client,) = server.manager.all_clients()
         asked = [asyncio.create_task(client.call("q")) for _ in range(256)]
         await asyncio.sleep(0)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import socket
+from collections import deque
 from typing import Any
 
 import pytest
@@ -539,21 +540,29 @@ async def test_connection_that_the_server_closed_is_not_used(host: Any) -> None:
         await asyncio.wait_for(host.lost.wait(), DEADLINE_S)
 
 
-async def test_request_is_sent_again_only_where_nothing_was_sent(
-    host: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["before it is sent", "when it was sent"])
+async def test_request_to_a_kept_connection_that_ends_without_a_byte_is_sent_again_once(
+    way: str, host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     language, commands = asking(host.url, model="tiny")
     await run_line(commands, "ask hi")
-    # It looked alive, but is closed when it is written to: nothing is lost, a new one is made.
-    monkeypatch.setattr("karna.models._has_news", lambda sock: sock.shutdown(socket.SHUT_WR))
+    if way == "before it is sent":  # it looked alive
+        monkeypatch.setattr("karna.models._has_news", lambda sock: sock.shutdown(socket.SHUT_WR))
+    else:
+        host.answers["/v1/chat/completions"] = deque([b"", HELLO])
     assert (await run_line(commands, "ask hi"))["text"] == "Hello"
-    assert host.connections == 2 and len(host.requests) == 2
-    # The request went out, and the server closed: nobody knows whether it was begun.
+    assert host.connections == 2 and language.state == "running"
+    # A server that falls with the request is not asked a third time; nor is a new connection's
+    # request sent again.
+    count = len(host.requests)
     monkeypatch.setattr("karna.models._has_news", lambda sock: False)
     host.answers["/v1/chat/completions"] = b""
     with pytest.raises(Unavailable):
         await run_line(commands, "ask hi")
-    assert len(host.requests) == 3 and language.state == "degraded"
+    assert len(host.requests) == count + 2 and language.state == "degraded"
+    with pytest.raises(Unavailable):
+        await run_line(commands, "ask hi")
+    assert len(host.requests) == count + 3
 
 
 @pytest.mark.parametrize("way", ["idle too long", "not all read", "the server says close"])

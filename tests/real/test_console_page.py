@@ -249,6 +249,10 @@ async def post_json(port: int, path: str, body: Any) -> tuple[int, Any]:
 async def test_page_runs_commands_and_shows_their_results(chromium: str) -> None:
     async with serving(Host().manager, port=0) as server, tab(chromium, server.port) as page:
         await page.until_open()
+        await page.click("button", "time")  # one that is offered to try
+        assert await page.evaluate("$('line').value") == "time"
+        await page.press("Enter")
+        await page.until_entry("time", "done")
         await page.run("echo hello <b>world</b>")
         assert "hello <b>world</b>" in await page.until_entry("echo hello <b>world</b>", "done")
         await page.run("help")
@@ -703,6 +707,8 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         await page.until_open()
         await page.evaluate("for (let n = 0; n < 40; n++) run(`echo ${n}`)")
         await page.until_entry("echo 39", "done")
+        # In a frame of its own: the page has followed the last answer by then.
+        await page.evaluate("new Promise(requestAnimationFrame)")
         await page.evaluate("$('transcript').scrollTop = 0")
         manager.ask(1, "confirm", "Go on?")
         await page.until("document.querySelector('[data-state=asking]')")
@@ -711,6 +717,11 @@ async def test_question_is_seen_wherever_one_reads_and_closed_with_its_server(
         await page.evaluate("for (let n = 0; n < 40; n++) run(`echo again ${n}`)")
         await page.until_entry("echo again 39", "done")
         assert await page.evaluate(in_view)
+        end = "Math.abs(box.scrollHeight - box.clientHeight - box.scrollTop) < 2"
+        manager.ask(2, "confirm", "And further?")  # who reads at the end stays there
+        at_end = f"new Promise(requestAnimationFrame).then(() => {{ const box = $('transcript'); return {end}; }})"
+        await page.until("document.querySelectorAll('[data-state=asking]').length === 2")
+        assert await page.evaluate(at_end)
         wire.cut()
         text = await page.until_entry("Go on?", "lost")
         assert "before this was answered" in text
