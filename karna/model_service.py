@@ -99,7 +99,9 @@ class ModelService(Service):
         """Let the model answer: its answer, its name; the state follows how it went."""
         model = self._model or await self._find_model(server)
         with self._showing(server):
-            return await server.chat(model, messages, report, **more), model
+            answer = await server.chat(model, messages, report, **more)
+            self._model = self._model or model  # another request may have met the server away
+            return answer, model
 
     @contextlib.contextmanager
     def _showing(self, server: ModelServer) -> Iterator[None]:

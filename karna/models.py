@@ -120,8 +120,12 @@ def _has_news(sock: socket.socket) -> bool:
     return True
 
 
-class _NothingSentError(Exception):
-    """The connection had ended before any of the request was sent."""
+class _StaleError(Exception):
+    """The kept connection has ended: not a byte answers the request.
+
+    Nobody read it, or a server that fell with it; so it is sent again, once, by a new connection.
+    llama.cpp closes idle connections whenever others wait for its threads.
+    """
 
 
 class ModelExchange:
@@ -154,7 +158,7 @@ class ModelExchange:
     def _is_whole(self, connection: HTTPConnection) -> bool:
         """Has all of the answer been read, and may a further request follow?"""
         response = self._response
-        if response is None or response.will_close or connection.sock is None:
+        if response is None or connection.sock is None:  # http.client lets go of one that closes
             return False
         try:
             connection.sock.settimeout(END_WAIT_S)
@@ -168,9 +172,11 @@ class ModelExchange:
         connection = self._server.idle.take()
         if connection is not None:
             try:
-                return self._ask(connection, method, path, body)
-            except _NothingSentError:
+                return self._ask(connection, method, path, body, is_kept=True)
+            except _StaleError:
                 connection.close()
+        if self._is_closed:
+            raise OSError("closed")
         connection = self._server.connect()
         connection.response_class = _BoundedResponse
         self._connection = connection
@@ -180,7 +186,9 @@ class ModelExchange:
             raise Unavailable(f"no connection within {connection.timeout:g} s") from None
         return self._ask(connection, method, path, body)
 
-    def _ask(self, connection: HTTPConnection, method: str, path: str, body: bytes) -> HTTPResponse:
+    def _ask(
+        self, connection: HTTPConnection, method: str, path: str, body: bytes, is_kept: bool = False
+    ) -> HTTPResponse:
         self._connection, self._socket = connection, connection.sock
         if self._is_closed:
             raise OSError("closed")
@@ -192,10 +200,12 @@ class ModelExchange:
             connection.putheader("Content-Length", str(len(body)))
         try:
             connection.endheaders()
-        except ConnectionError:
-            raise _NothingSentError from None
-        connection.send(body)
-        self._response = response = connection.getresponse()
+            connection.send(body)
+            self._response = response = connection.getresponse()
+        except ConnectionError:  # RemoteDisconnected is one
+            if is_kept:
+                raise _StaleError from None
+            raise
         if response.status == 200:
             return response
         problem = ""
@@ -305,8 +315,6 @@ class ModelServer:
             raise self._unavailable("its answer broke off") from None
         except OSError as error:
             raise self._unavailable(f"cannot be reached: {error.strerror or error}") from None
-        except _NothingSentError:
-            raise self._unavailable("cannot be reached: it closed the connection") from None
         except (HTTPException, ValueError) as error:
             raise self._unavailable(f"its answer makes no sense: {explain(error)}") from None
         finally:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import socket
+from collections import deque
 from typing import Any
 
 import pytest
@@ -488,6 +489,31 @@ async def test_server_that_came_back_with_another_model_is_asked_for_its_name(ho
     assert "model second at" in language.detail
 
 
+async def test_answer_shows_its_model_though_another_request_failed_meanwhile(host: Any) -> None:
+    language, commands = asking(host.url)
+    await language.check()
+    failing = asyncio.Event()
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"fail" in head + await reader.read(1000):
+            failing.set()
+        else:
+            await failing.wait()
+            await until(lambda: language.state == "degraded")
+            writer.write(HELLO)
+        writer.close()
+
+    server = await asyncio.start_server(slowly, "127.0.0.1", 0)
+    language.server._address = server.sockets[0].getsockname()[:2]  # type: ignore[union-attr]
+    language.server.close()  # type: ignore[union-attr]
+    good = asyncio.ensure_future(run_line(commands, "ask hi"))
+    with pytest.raises(Unavailable):
+        await run_line(commands, "ask fail")
+    assert (await good)["model"] == "tiny" and "model tiny at" in language.detail
+    server.close()
+
+
 # ---- kept connections -------------------------------------------------------------------------
 
 
@@ -514,21 +540,29 @@ async def test_connection_that_the_server_closed_is_not_used(host: Any) -> None:
         await asyncio.wait_for(host.lost.wait(), DEADLINE_S)
 
 
-async def test_request_is_sent_again_only_where_nothing_was_sent(
-    host: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["before it is sent", "when it was sent"])
+async def test_request_to_a_kept_connection_that_ends_without_a_byte_is_sent_again_once(
+    way: str, host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     language, commands = asking(host.url, model="tiny")
     await run_line(commands, "ask hi")
-    # It looked alive, but is closed when it is written to: nothing is lost, a new one is made.
-    monkeypatch.setattr("karna.models._has_news", lambda sock: sock.shutdown(socket.SHUT_WR))
+    if way == "before it is sent":  # it looked alive
+        monkeypatch.setattr("karna.models._has_news", lambda sock: sock.shutdown(socket.SHUT_WR))
+    else:
+        host.answers["/v1/chat/completions"] = deque([b"", HELLO])
     assert (await run_line(commands, "ask hi"))["text"] == "Hello"
-    assert host.connections == 2 and len(host.requests) == 2
-    # The request went out, and the server closed: nobody knows whether it was begun.
+    assert host.connections == 2 and language.state == "running"
+    # A server that falls with the request is not asked a third time; nor is a new connection's
+    # request sent again.
+    count = len(host.requests)
     monkeypatch.setattr("karna.models._has_news", lambda sock: False)
     host.answers["/v1/chat/completions"] = b""
     with pytest.raises(Unavailable):
         await run_line(commands, "ask hi")
-    assert len(host.requests) == 3 and language.state == "degraded"
+    assert len(host.requests) == count + 2 and language.state == "degraded"
+    with pytest.raises(Unavailable):
+        await run_line(commands, "ask hi")
+    assert len(host.requests) == count + 3
 
 
 @pytest.mark.parametrize("way", ["idle too long", "not all read", "the server says close"])
