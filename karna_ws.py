@@ -65,7 +65,7 @@ from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
 from services import CommandProcessor, Function, LanguageService, VisionService
-from services import notification
+from karna.builtins import notification
 
 if TYPE_CHECKING:
     import argparse

@@ -214,7 +214,7 @@ LIMITS: dict[str, float] = {
     "karna.service.RETRY_MAX_S": 30,
     "karna.socketio.MAX_PID_CHARS": 100,
     "karna.work.CANCEL_WAIT_S": 4,
-    "services.MAX_COUNTDOWN_S": 3_600,
+    "karna.builtins.MAX_COUNTDOWN_S": 3_600,
     "services.MAX_LISTED": 100,
     "services.MAX_MATCHES": 5,
 }
