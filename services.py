@@ -17,7 +17,7 @@ import functools
 import inspect
 import types
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from karna.builtins import Broadcaster, add_builtins, clients_command, notify_command
 from karna.command import Call, Command
@@ -52,7 +52,6 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Ended = Callable[[Any, RequestError | None], None]  # told a result, or why there is none
-Level = Literal["info", "warning", "error"]
 
 
 # ---- commands --------------------------------------------------------------------------------

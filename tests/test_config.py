@@ -215,7 +215,7 @@ LIMITS: dict[str, float] = {
     "karna.socketio.MAX_PID_CHARS": 100,
     "karna.work.CANCEL_WAIT_S": 4,
     "karna.builtins.MAX_COUNTDOWN_S": 3_600,
-    "services.MAX_LISTED": 100,
+    "karna.builtins.MAX_LISTED": 100,
     "services.MAX_MATCHES": 5,
 }
 
