@@ -24,7 +24,7 @@ from services import (
     Unavailable,
     VisionService,
 )
-from support import Raw, Sio, execute, http, served
+from support import Raw, Sio, execute, http, served, until
 from support_commands import (
     ModelHost,
     asking,
@@ -649,8 +649,8 @@ async def test_conversation_is_gone_with_its_client(host: Any) -> None:
     await house.run("ask one")
     assert len(house.language.conversations._kept) == 1
     house.client = Client()
-    gc.collect()
-    assert len(house.language.conversations._kept) == 0
+    # A task that just ended may hold its client for one more turn of the loop.
+    await until(lambda: gc.collect() >= 0 and not house.language.conversations._kept)
 
 
 async def test_request_that_failed_is_not_kept(host: Any) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import ssl
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -16,10 +18,12 @@ from typing import Any
 import pytest
 
 from karna.errors import Unavailable
+from karna.hub import PENDING_CONNECTIONS
+from karna.listen import SPARE_DESCRIPTORS
 from karna.service import Service
 from karna_ws import Client, WebSocketManager, serving
 from services import Context
-from support import Raw, Sio, execute, http, served, until
+from support import ROOT, Raw, Sio, execute, http, served, until
 from support_peers import TOKEN, ask, dial, engine, frame, head, lazy, post, raw
 from test_listen import make_certificate
 
@@ -450,6 +454,47 @@ async def test_two_servers_of_one_loop_serve_side_by_side() -> None:
     async with serving(WebSocketManager(), port=0) as one, serving(WebSocketManager(), port=0) as two:
         for server in (one, two):
             assert (await http(server, "GET", "/health"))[0] == 200
+
+
+DESCRIPTORS = """
+import logging, resource
+from karna.listen import fit_descriptors
+logging.basicConfig(format="%(message)s")
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+print(fit_descriptors(1000))
+"""
+
+
+def test_clients_are_as_many_as_there_are_descriptors_and_the_operator_is_told() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", DESCRIPTORS], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert ended.stdout == f"{300 - PENDING_CONNECTIONS - SPARE_DESCRIPTORS}\n"
+    assert "not 1000: the system allows 300 descriptors (ulimit -n)" in ended.stderr
+
+
+TWO_SERVERS = """
+import asyncio, os, signal
+from karna.listen import _stops
+from karna_ws import WebSocketManager, serve
+
+async def main():
+    tasks = [asyncio.create_task(serve(WebSocketManager(), port=0)) for _ in range(2)]
+    while len(_stops.get(asyncio.get_running_loop(), ())) < 2:
+        await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.gather(*tasks)
+    print("both ended")
+
+asyncio.run(main())
+"""
+
+
+def test_sigterm_ends_every_server_of_the_loop() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", TWO_SERVERS], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert "both ended" in ended.stdout, ended.stderr
 
 
 async def test_client_that_takes_nothing_of_its_replay_is_dropped() -> None:
