@@ -261,8 +261,9 @@ class RedisBackplane(Service):
         size, until = 0, "+"
         while True:
             page = await self._redis.xrevrange(STREAM, until, "-", count=self._read_entries)
-            entries += map(_entry, page)
-            size += sum(len(_entry(each)[1] or b"") for each in page)
+            found = [_entry(each) for each in page]
+            entries += found
+            size += sum(len(body or b"") for _, body in found)
             is_enough = len(entries) > self.history_messages or size > self.history_bytes
             if is_enough or len(page) < self._read_entries:
                 return entries[::-1]

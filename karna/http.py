@@ -248,12 +248,12 @@ class Exchange(Door):
             connection.hub.drop(connection.name, "slow")
             connection.abort()
         elif self._is_open:
-            connection.write(self._framed(b"event: message\ndata: %b\n\n" % data))
+            connection.write(self._framed(_event(data)))
 
     def end_stream(self, data: bytes) -> None:
         """Send the last event of a stream that has begun."""
         if self._is_open:
-            piece = self._framed(b"event: message\ndata: %b\n\n" % data)
+            piece = self._framed(_event(data))
             self.connection.write(piece if self.head.is_http_1_0 else piece + b"0\r\n\r\n")
             self.is_last = self.is_last or self.connection.hub.is_draining
             self._finish(len(data))
@@ -392,6 +392,10 @@ class Exchange(Door):
     def end(self) -> None:
         if self.client is not None:
             self.client.cancel_calls()
+
+
+def _event(data: bytes) -> bytes:
+    return b"event: message\ndata: %b\n\n" % data
 
 
 JSON_TYPES = ("application/json", "application/json-rpc")

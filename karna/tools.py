@@ -129,12 +129,11 @@ def _split_media(value: Any) -> tuple[Any, list[dict[str, str]]]:
     """A list or object without the images and sounds in it; those."""
     if type(value) not in (list, tuple, dict):
         return value, []
-    parts = value.items() if type(value) is dict else enumerate(value)
-    found = {key: media for key, each in parts if (media := _media_of(each)) is not None}
+    parts = value if type(value) is dict else dict(enumerate(value))
+    found = {key: media for key, each in parts.items() if (media := _media_of(each))}
     if not found:
         return value, []
-    parts = value.items() if type(value) is dict else enumerate(value)
-    kept = {key: f"[{found[key]['type']}]" if key in found else each for key, each in parts}
+    kept = {**parts, **{key: f"[{media['type']}]" for key, media in found.items()}}
     return (kept if type(value) is dict else [*kept.values()]), [*found.values()]
 
 
