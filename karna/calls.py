@@ -16,14 +16,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
-from orjson import OPT_NON_STR_KEYS, dumps
+from orjson import dumps
 from websockets.frames import CloseCode
 
 from karna.command import Call
 from karna.connection import SHARE_S, Connection
 from karna.door import HOLD_CALLS, Phase
 from karna.context import Context
-from karna.envelopes import NOT_JSON, encode_json
+from karna.envelopes import NOT_JSON, REQUEST_FAILED, UNENCODABLE, UNENCODABLE_PROGRESS
+from karna.envelopes import encode_json
 from karna.errors import FAULTS, ClientLeft, CommandFailed, RequestError, Unavailable, explain
 from karna.history import Entry
 from karna.hub import Hub
@@ -35,7 +36,6 @@ from karna.work import Job
 NO_GROUPS: frozenset[str] = frozenset()
 MAX_WAITING = 256  # requests of one client that wait for a running command to end...
 MAX_WAITING_BYTES = 1024 * 1024  # ...past either we stop reading that client
-UNENCODABLE = "the result can't be encoded as JSON"
 
 
 class Commands(Protocol):
@@ -254,7 +254,7 @@ class Request:
         if isinstance(exc, RequestError):
             return self.fail(exc.code, explain(exc), exc.data)
         self.client.manager.log_error(f"{self.client.id} request failed", exc)
-        return self.fail("internal_error", "the server failed to handle this request")
+        return self.fail("internal_error", REQUEST_FAILED)
 
     def answer_status(self, envelope: bytes, status: bytes) -> bytes | None:
         """The answer to `get_status`: the envelope as encoded up to its id; the object alone."""
@@ -278,7 +278,7 @@ class Request:
         try:
             self.client.deliver_special(self._values("command_progress", data), None)
         except NOT_JSON:
-            raise CommandFailed("progress can't be encoded as JSON") from None
+            raise CommandFailed(UNENCODABLE_PROGRESS) from None
 
     def deliver(self, answer: bytes | None) -> None:
         """Send the final answer, when it comes later than its request's own read."""
@@ -296,10 +296,7 @@ class Request:
         envelope = {"type": type, "data": data}
         if self.id is not None:
             envelope["id"] = self.id
-        try:
-            return dumps(envelope)
-        except TypeError:
-            return dumps(envelope, option=OPT_NON_STR_KEYS)
+        return encode_json(envelope)
 
     def _values(self, type: str, data: Any) -> list[Any]:
         """What an ack holds."""

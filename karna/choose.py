@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from karna.answers import Answer, Message, TakesNoImages, ToolCall
 from karna.command import Call, Command
 from karna.context import Context
-from karna.envelopes import NOT_JSON, encode_json
+from karna.envelopes import NOT_JSON, UNENCODABLE, encode_json
 from karna.errors import CommandFailed, RequestError, UsageError, explain
 from karna.text import encodable, one_line
 from karna.tools import content_of, describe_tool, line_of, name_tools
@@ -164,7 +164,7 @@ def _outcome(value: Any) -> tuple[Any, str]:
         parts = content_of(value)["content"]
         told = "\n".join(part.get("text", f"[{part['type']}]") for part in parts)
     except NOT_JSON:
-        raise CommandFailed("the result can't be encoded as JSON") from None
+        raise CommandFailed(UNENCODABLE) from None
     try:
         encode_json(value)
     except NOT_JSON:  # bytes of an image, lone surrogates

@@ -11,6 +11,10 @@ from orjson import OPT_NON_STR_KEYS, dumps
 
 NOT_JSON = (TypeError, ValueError, RecursionError)  # what encoding a value raises
 
+UNENCODABLE = "the result can't be encoded as JSON"
+UNENCODABLE_PROGRESS = "progress can't be encoded as JSON"
+REQUEST_FAILED = "the server failed to handle this request"  # for a bug, which the log tells of
+
 
 def encode_json(value: Any) -> bytes:
     """`value` as JSON in UTF-8; keys that are numbers, dates or None become strings.

@@ -19,10 +19,11 @@ from typing import Any
 
 from orjson import OPT_SORT_KEYS, JSONDecodeError, dumps, loads
 
-from karna.calls import UNENCODABLE, Request, submit
+from karna.calls import Request, submit
 from karna.command import Call, Command
 from karna.consent import Consents, consent_request, decision_of
-from karna.envelopes import NOT_JSON, encode_json
+from karna.envelopes import NOT_JSON, REQUEST_FAILED, UNENCODABLE, UNENCODABLE_PROGRESS
+from karna.envelopes import encode_json
 from karna.errors import FAULTS, CommandFailed, RequestError, UsageError
 from karna.http import Exchange, HttpClient
 from karna.log import log
@@ -189,7 +190,7 @@ class McpRequest(Request):
         try:
             event = dumps({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
         except NOT_JSON:
-            raise CommandFailed("progress can't be encoded as JSON") from None
+            raise CommandFailed(UNENCODABLE_PROGRESS) from None
         self.exchange.send_event(event)
 
     @property
@@ -276,8 +277,7 @@ class Mcp:
             raise
         except FAULTS as exc:
             self.manager.log_error(f"{request.client.id} mcp request failed", exc)
-            text = "the server failed to handle this request"
-            raise request.error(INTERNAL_ERROR, text) from None
+            raise request.error(INTERNAL_ERROR, REQUEST_FAILED) from None
 
     def _count(self, request: McpRequest, known: Container[str]) -> None:
         method = request.method if request.method in known else "other"  # they may make up many

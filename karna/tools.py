@@ -16,7 +16,7 @@ from typing import Any
 from orjson import Fragment
 
 from karna.command import Command
-from karna.envelopes import NOT_JSON, encode_json
+from karna.envelopes import NOT_JSON, UNENCODABLE_PROGRESS, encode_json
 from karna.errors import CommandFailed
 from karna.text import encodable, printable
 
@@ -190,4 +190,4 @@ def _message_of(value: Any) -> str:
     try:
         return value if type(value) is str else encode_json(value).decode()
     except NOT_JSON:
-        raise CommandFailed("progress can't be encoded as JSON") from None
+        raise CommandFailed(UNENCODABLE_PROGRESS) from None
