@@ -545,3 +545,19 @@ def without_words(answer: Any) -> Any:
         assert isinstance(answer["error"]["data"]["code"], str)
         return {**answer, "error": {"code": answer["error"]["code"]}}
     return answer
+
+
+async def turns_in_a_while() -> int:
+    """How often the loop turns in 0.2 s in which nothing is asked of it."""
+    turns, loop = 0, asyncio.get_running_loop()
+    select_once = loop._selector.select  # type: ignore[attr-defined]
+
+    def count(timeout: float | None = None) -> Any:
+        nonlocal turns
+        turns += 1
+        return select_once(timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._selector, "select", count)  # type: ignore[attr-defined]
+        await asyncio.sleep(0.2)  # the sweep and the monitor turn it now and then
+    return turns

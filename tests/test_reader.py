@@ -20,7 +20,7 @@ from karna.errors import StartError
 from karna.reader import Turns
 from karna_ws import Client, WebSocketManager, serving
 from services import Context, Service
-from support import execute, served, until
+from support import execute, served, turns_in_a_while, until
 from support_peers import close_frame, dial, engine, frame, head, post, raw, request
 
 
@@ -178,18 +178,7 @@ async def test_idle_server_with_closed_and_half_closed_peers_rests() -> None:
             client.connection.hold(HOLD_CALLS)
             await held.send(frame(1, b"{}"))
             held.writer.write_eof()
-            turns, loop = 0, asyncio.get_running_loop()
-            select_once = loop._selector.select  # type: ignore[attr-defined]
-
-            def count(timeout: float | None = None) -> Any:
-                nonlocal turns
-                turns += 1
-                return select_once(timeout)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop._selector, "select", count)  # type: ignore[attr-defined]
-                await asyncio.sleep(0.2)  # the sweep and the monitor turn it now and then
-            assert turns < 50
+            assert await turns_in_a_while() < 50
 
 
 needs_epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is no epoll")

@@ -31,6 +31,7 @@ from support import (
     needs,
     served,
     settled,
+    turns_in_a_while,
     until,
 )
 from support_peers import (
@@ -133,18 +134,7 @@ async def test_server_closes_once_however_often_it_is_asked() -> None:
 async def test_waiting_for_the_end_costs_no_turns_of_the_loop() -> None:
     async with served() as server:
         waiting = asyncio.create_task(server.wait_closed())
-        turns, loop = 0, asyncio.get_running_loop()
-        select_once = loop._selector.select  # type: ignore[attr-defined]
-
-        def count(timeout: float | None = None) -> Any:
-            nonlocal turns
-            turns += 1
-            return select_once(timeout)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop._selector, "select", count)  # type: ignore[attr-defined]
-            await asyncio.sleep(0.2)  # the sweep and the monitor turn it now and then
-        assert turns < 50 and not waiting.done()
+        assert await turns_in_a_while() < 50 and not waiting.done()
         server.close()
         await waiting
 
