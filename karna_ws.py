@@ -47,19 +47,18 @@ from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
-from karna.door import HOLD_BATCH, Door
+from karna.door import Door
 from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
+from karna.endpoints import EndpointHub, answer_execute, answer_health, answer_metrics
+from karna.endpoints import answer_notify, answer_rpc, answer_status, answer_ws
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, name_stray
 from karna.frames import PING_FRAME, frame_binary, frame_text
 from karna.history import Entry, replay_bytes, with_group
-from karna.http import Exchange, HttpClient, HttpRequest, accept, upgrade_required
-from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc, is_notification
-from karna.jsonrpc import refuse_json
+from karna.http import Exchange, accept
+from karna.jsonrpc import ID_TYPES, Methods, handle_json_rpc, is_json_rpc
 from karna.listen import stopping_on_signals
-from karna.log import log
-from karna.model_service import ModelService
-from karna.server import ServedHub, Server
+from karna.server import Server
 from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
@@ -68,8 +67,6 @@ from services import CommandProcessor, Function, LanguageService, VisionService
 from karna.builtins import notification
 
 if TYPE_CHECKING:
-    import argparse
-
     from karna.backplane import RedisBackplane
     from karna.mcp import Mcp
     from karna.reload import Parent
@@ -78,8 +75,6 @@ __version__ = "1.0.0"
 __all__ = ["Client", "Config", "Server", "WebSocketManager", "serve", "serving"]
 
 FULL_TEXT = "the server is full (--max-clients)"
-
-
 
 # --- doors -------------------------------------------------------------------------------------
 # A door turns messages into requests and answers into messages; a client is who asked. On the raw
@@ -200,7 +195,7 @@ class SocketIoDoor(SocketIoSession):
 # to every client without waiting for any. The history of broadcasts answers clients that return.
 
 
-class WebSocketManager(ServedHub):
+class WebSocketManager(EndpointHub):
     """The clients of one server, the methods and commands they may use, and broadcast.
 
     commands: the CommandProcessor to use; a new one with the built-in commands by default.
@@ -698,97 +693,6 @@ def answer_page(manager: WebSocketManager, exchange: Exchange, body: bytes) -> N
     return exchange.answer(200, content, "text/html; charset=utf-8", headers)
 
 
-def answer_health(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """GET /health: 200 while everything works, 503 with the reason otherwise."""
-    if manager.is_draining:
-        return exchange.answer(503, dumps({"status": "draining"}))
-    ill = {
-        name: service.get_status()
-        for name, service in manager.services.items()
-        if service.state == "failed"
-        # Degraded, a service still serves; but a backplane loses what others broadcast.
-        or (service.state == "degraded" and service is manager.backplane)
-    }
-    if ill:
-        return exchange.answer(503, encode_json({"status": "unhealthy", "services": ill}))
-    return exchange.answer(200, b'{"status":"healthy"}')
-
-
-def answer_status(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """GET /api/status: the status object."""
-    exchange.answer(200, manager.board.encode())
-
-
-def answer_ws(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """GET /ws without an upgrade."""
-    raise upgrade_required()
-
-
-def read_object(body: bytes) -> dict[str, Any]:
-    """A JSON body that must be an object. Raises RequestError."""
-    try:
-        value = loads(body)
-    except JSONDecodeError:
-        message = "the body is not valid JSON in UTF-8"
-        raise RequestError(message, code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return value
-
-
-def answer_execute(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """POST /api/execute_command: run a command, answer as the raw door would."""
-    params = read_object(body)
-    request = HttpRequest(HttpClient(exchange, manager), None, None, len(body))
-    request.deliver(handle_request(request, {"method": "execute_command", "params": params}))
-
-
-def answer_notify(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """POST /api/notify: broadcast a notification; 202 with how many clients it went to."""
-    given = read_object(body)
-    try:
-        data = notification(given.get("message"), given.get("level", "info"))
-    except ValueError as error:
-        raise InvalidParams(str(error)) from None
-    manager.spawn(_publish_notification(manager, exchange, data), "POST /api/notify")
-
-
-async def _publish_notification(
-    manager: WebSocketManager, exchange: Exchange, data: dict[str, str]
-) -> None:
-    try:
-        clients = await manager.publish("notification", data)
-    except Exception as exc:
-        return exchange.fail(exc)
-    return exchange.answer(202, dumps({"clients": clients}))
-
-
-def answer_rpc(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """POST /rpc: JSON-RPC 2.0; its status is 200 whatever the answer says."""
-    client = HttpClient(exchange, manager)
-    try:
-        message = loads(body)
-    except JSONDecodeError:
-        answer = refuse_json(client, len(body))
-    else:
-        answer = handle_json_rpc(client, message, len(body), manager.json_rpc)
-        messages = message if isinstance(message, list) else [message]
-        if answer is None and all(map(is_notification, messages)):
-            return _answer_notified(exchange)
-    if answer is not None:
-        client.deliver(answer, None)
-    return None
-
-
-def _answer_notified(exchange: Exchange) -> None:
-    """204, once the last notification of a batch has been handled."""
-    connection = exchange.connection
-    if connection.is_held(HOLD_BATCH):
-        connection.hub.turns.wait(functools.partial(_answer_notified, exchange))
-    else:
-        exchange.answer(204, b"")
-
-
 def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
     """POST /mcp: Model Context Protocol."""
     if manager.mcp is None:
@@ -796,16 +700,6 @@ def answer_mcp(manager: WebSocketManager, exchange: Exchange, body: bytes) -> No
 
         manager.mcp = Mcp(manager, __version__)
     manager.mcp.answer(exchange, body)
-
-
-def answer_metrics(manager: WebSocketManager, exchange: Exchange, body: bytes) -> None:
-    """GET /metrics: Prometheus text format 0.0.4."""
-    from karna.metrics import describe
-
-    doors = {"raw": len(manager.raw), "socket.io": len(manager.sessions)}
-    states = {name: service.state for name, service in manager.services.items()}
-    text = describe(manager, doors, states, manager.commands.done)
-    exchange.answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 class Route(NamedTuple):
@@ -881,33 +775,6 @@ async def _serve_until_stopped(server: Server) -> None:
         await server.wait_closed()
 
 
-def make_manager(arguments: argparse.Namespace) -> WebSocketManager:
-    """The manager that the command line describes. Raises ValueError that names the flag."""
-    for service in ("vision", "language"):
-        if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
-            raise ValueError(f"--{service}-model needs --{service}-url")
-    if arguments.program is None:
-        manager = WebSocketManager()
-    else:
-        from karna.program import load_manager
-
-        manager = load_manager(arguments.program, WebSocketManager)
-    for service in ("vision", "language"):
-        url, model = getattr(arguments, f"{service}_url"), getattr(arguments, f"{service}_model")
-        if url and service in manager.brought:
-            log.warning("--%s-url is not used: the program has its own service", service)
-        elif url:
-            cast(ModelService, manager.services[service]).use_server(url, model=model)
-    if "language" not in manager.brought:
-        language = cast(LanguageService, manager.services["language"])
-        language.keep_turns(arguments.conversation_turns)
-    for program in arguments.allow_program:
-        name, _, path = program.partition("=")
-        confirm = arguments.confirm_programs
-        manager.commands.allow_program(name, path or None, confirm=confirm)
-    return manager
-
-
 async def run(
     manager: WebSocketManager, options: Mapping[str, Any], parent: Parent | None = None
 ) -> None:
@@ -928,6 +795,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from karna import command_line
 
     gc.freeze()  # what is loaded by now stays: full collections need not walk it
+    gc.enable()
     command_line.open_standard_files()
     try:
         arguments = command_line.make_parser(__version__).parse_args(argv)
@@ -942,7 +810,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if parent is None:
                 return reload.supervise(arguments.program, config)
             options["grace_s"] = min(config.grace_s, reload.GRACE_S)
-        manager = make_manager(arguments)
+        manager = command_line.make_manager(arguments, WebSocketManager)
         loop_factory = functools.partial(command_line.new_event_loop, config.loop)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(run(manager, options, parent))

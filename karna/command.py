@@ -11,9 +11,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from orjson import dumps, loads
 
@@ -27,8 +26,7 @@ Bound = tuple[list[Any], dict[str, Any]]  # positional and keyword arguments of 
 MAX_PARAMS = 1_000  # that a call gives by name, two microseconds each where **kwargs takes them
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One argument of a command, as its function declares it."""
 
     name: str
@@ -422,13 +420,15 @@ def _describe_parameters(text: str) -> dict[str, str]:
 _PARAMETER_LINE = re.compile(r"^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$", re.MULTILINE)
 
 
-@dataclass(slots=True, eq=False)
 class Call:
     """A command with its arguments, ready to run once."""
 
-    command: Command
-    args: list[Any]
-    kwargs: dict[str, Any]
+    __slots__ = ("args", "command", "kwargs")
+
+    def __init__(self, command: Command, args: list[Any], kwargs: dict[str, Any]) -> None:
+        self.command = command
+        self.args = args
+        self.kwargs = kwargs
 
 
 def decorator(register: Callable[[str, Any], None], given: Any) -> Any:

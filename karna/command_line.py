@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -36,6 +37,10 @@ def make_parser(version: str) -> argparse.ArgumentParser:
     """The command line: one flag for each option, grouped."""
     import argparse
 
+    class Help(argparse.HelpFormatter):
+        def __init__(self, prog: str) -> None:  # with a width: to find one, argparse imports shutil
+            super().__init__(prog, max_help_position=32, width=_columns())
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:  # without the usage: one line
             hint = _meant(message, self._option_string_actions)
@@ -47,7 +52,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
         description="Serve commands, status and broadcasts over WebSocket, Socket.IO and HTTP.",
         epilog="Every flag can be set as KARNA_NAME in the environment, such as KARNA_PORT=9000; "
         "lists are separated by commas there.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
+        formatter_class=Help,
     )
     parser.add_argument(
         "program", nargs="?", metavar="PROGRAM.py",
@@ -59,6 +64,15 @@ def make_parser(version: str) -> argparse.ArgumentParser:
         _add_flag(groups[option.metadata["group"]], option)
     _add_host_flags(groups)
     return parser
+
+
+def _columns() -> int:
+    """How wide the help is: as the terminal, or as COLUMNS says."""
+    with suppress(KeyError, ValueError):
+        return int(os.environ["COLUMNS"]) - 2
+    with suppress(AttributeError, OSError, ValueError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns - 2
+    return 98
 
 
 def _meant(message: str, known: Iterable[str]) -> str:
@@ -214,6 +228,34 @@ def _is(flag: str, argument: str) -> bool:
     """Is this argument the flag, perhaps cut short?"""
     word = argument.partition("=")[0]
     return len(word) > 2 and flag.startswith(word)
+
+
+def make_manager(arguments: argparse.Namespace, kind: type[Any]) -> Any:
+    """The manager, of this class, that the command line describes.
+
+    Raises ValueError that names the flag.
+    """
+    for service in ("vision", "language"):
+        if getattr(arguments, f"{service}_model") and not getattr(arguments, f"{service}_url"):
+            raise ValueError(f"--{service}-model needs --{service}-url")
+    if arguments.program is None:
+        manager = kind()
+    else:
+        from karna.program import load_manager
+
+        manager = load_manager(arguments.program, kind)
+    for service in ("vision", "language"):
+        url, model = getattr(arguments, f"{service}_url"), getattr(arguments, f"{service}_model")
+        if url and service in manager.brought:
+            log.warning("--%s-url is not used: the program has its own service", service)
+        elif url:
+            manager.services[service].use_server(url, model=model)
+    if "language" not in manager.brought:
+        manager.services["language"].keep_turns(arguments.conversation_turns)
+    for program in arguments.allow_program:
+        name, _, path = program.partition("=")
+        manager.commands.allow_program(name, path or None, confirm=arguments.confirm_programs)
+    return manager
 
 
 def describe_server(version: str, config: Config, listening: socket.socket) -> str:

@@ -6,10 +6,11 @@ Touches nothing; used by the language service.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from karna.answers import Message
+if TYPE_CHECKING:
+    from karna.answers import Message
 
 MAX_CONVERSATION_BYTES = 32 * 1024  # of one client: some 8,000 tokens, what small models hold
 _PASSING_DOORS = ("http", "mcp")  # where a client is there for one request

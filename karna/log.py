@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from dataclasses import dataclass
 
 from karna.text import one_line, printable
 
@@ -26,15 +25,15 @@ _LIBRARIES = (
 )
 
 
-@dataclass(slots=True)
 class _Fault:
     """A place in the code whose error was shown; further ones are counted."""
 
-    what: str
-    window_s: float
-    until: float  # the end of the window in which they are counted
-    seen: float
-    count: int = 0
+    def __init__(self, what: str, window_s: float, now: float) -> None:
+        self.what = what
+        self.window_s = window_s
+        self.until = now + window_s  # the end of the window in which they are counted
+        self.seen = now
+        self.count = 0
 
 
 class LogGate:
@@ -75,7 +74,7 @@ class LogGate:
             fault.seen = self._now
             return
         shown = f"{one_line(what)}: {name}"
-        self._faults[kind] = _Fault(shown, self.WINDOW_S, self._now + self.WINDOW_S, self._now)
+        self._faults[kind] = _Fault(shown, self.WINDOW_S, self._now)
         log.error("%s\n%s", shown, describe_error(exc))
 
     def admits(self, kind: str, burst: int = BURST, level: int = logging.WARNING) -> bool:

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from karna.errors import NO_BUGS, CommandFailed, RequestError, Unavailable, as_request_error
@@ -274,21 +273,23 @@ def _log_error(name: str, error: BaseException) -> None:
 OWNER_SHARE = 4  # an owner gets at most max_threads through this
 
 
-@dataclass(eq=False, slots=True)
 class _Errand:
     """Work for a thread, and who hears of its end."""
 
-    owner: object
-    future: concurrent.futures.Future[Any]
-    work: Callable[[], Any]
+    def __init__(
+        self, owner: object, future: concurrent.futures.Future[Any], work: Callable[[], Any]
+    ) -> None:
+        self.owner = owner
+        self.future = future
+        self.work = work
 
 
-@dataclass(eq=False, slots=True)
 class _Share:
     """What one owner has of the threads: how much, and what waits for its others to end."""
 
-    held: int = 0
-    waiting: deque[_Errand] = field(default_factory=deque)
+    def __init__(self) -> None:
+        self.held = 0
+        self.waiting: deque[_Errand] = deque()
 
 
 def _raised_in_thread(error: BaseException) -> RequestError:

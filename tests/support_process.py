@@ -66,11 +66,12 @@ ENVIRONMENT = {
 CHILD = """
 import asyncio, sys
 import karna.work, karna_ws
+from karna import command_line
 karna.work.CANCEL_WAIT_S = 0.5
-make_manager = karna_ws.make_manager
+make_manager = command_line.make_manager
 
-def make(arguments):
-    manager = make_manager(arguments)
+def make(arguments, kind):
+    manager = make_manager(arguments, kind)
 
     @manager.commands.command
     async def wait(seconds: float) -> str:
@@ -88,7 +89,7 @@ def make(arguments):
                 pass
     return manager
 
-karna_ws.make_manager = make
+command_line.make_manager = make
 sys.exit(karna_ws.main(sys.argv[1:]))
 """
 

@@ -12,7 +12,7 @@ import pytest
 
 import karna_ws
 import services
-from karna.command_line import GROUPS, make_parser, warn_of_misspelt
+from karna.command_line import GROUPS, make_manager, make_parser, warn_of_misspelt
 from karna.config import make_config
 from karna_ws import Config, main
 from support import DEADLINE_S
@@ -261,7 +261,7 @@ def test_flags_of_the_language_service_reach_it(
     warn_of_misspelt(environment, vars(make_parser("1").parse_args([])))
     assert not caplog.records
     parsed = make_parser("1").parse_args(["--allow-program", "sh", *arguments])
-    manager = karna_ws.make_manager(parsed)
+    manager = make_manager(parsed, karna_ws.WebSocketManager)
     language: Any = manager.services["language"]
     assert language.conversations.turns == expected[0]
     assert manager.commands.commands["sh"].confirm is expected[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import websockets
 import websockets.frames
 from websockets.asyncio.server import serve as plain_serve
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-from support import ROOT
+from support import DEADLINE_S, ROOT
 
 
 ROOMS = sorted((ROOT / "karna").rglob("*.py"))
@@ -207,3 +209,23 @@ def test_library_has_the_private_names_we_use() -> None:
                  "open_timeout", "close_timeout"):  # fmt: skip
         need(name in parameters, f"serve({name}=)")
     assert not missing, f"websockets {websockets.__version__} has changed: {', '.join(missing)}"
+
+
+NOT_AT_START = """
+import subprocess
+import sys
+import karna_ws
+assert "importlib.metadata" not in sys.modules
+import importlib.metadata
+print(importlib.metadata.version("websockets"))
+from karna.needs import Later
+assert Later("colorsys").rgb_to_hsv(1, 0, 0) == (0, 1, 1)
+"""
+
+
+def test_what_the_start_does_not_need_is_imported_when_it_is_used() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", NOT_AT_START], cwd=ROOT, capture_output=True, text=True,
+        timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ran.stdout.strip() == websockets.__version__, ran.stderr

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import karna_ws
-from karna.command_line import make_parser
+from karna.command_line import make_manager, make_parser
 from karna.errors import StartError
 from karna.program import FALLBACK, is_own, load_manager
-from karna_ws import WebSocketManager, make_manager
+from karna_ws import WebSocketManager
 from support import ROOT, SERVER_FILE
 from support_peers import ask, head
 from support_process import process, run_to_end
@@ -185,7 +185,9 @@ def test_change_within_a_second_is_no_old_one_from_a_cache(
 
 
 def made(*arguments: str) -> WebSocketManager:
-    return make_manager(make_parser("1.0.0").parse_args(arguments))
+    parsed = make_parser("1.0.0").parse_args(arguments)
+    manager: WebSocketManager = make_manager(parsed, WebSocketManager)
+    return manager
 
 
 PLAIN = "from karna_ws import WebSocketManager\nmanager = WebSocketManager()\n"
