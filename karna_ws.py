@@ -63,7 +63,7 @@ from karna.service import Service
 from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
-from services import CommandProcessor, Function, LanguageService, VisionService
+from services import CommandProcessor, Function, LanguageService, Ready, VisionService
 from karna.builtins import notification
 
 if TYPE_CHECKING:
@@ -228,6 +228,7 @@ class WebSocketManager(EndpointHub):
         self.commands.log_gate = self.log_gate
         self.methods: dict[str, Command] = {}
         self.sessions: set[SocketIoSession] = set()
+        self.handle_rpc = handle_rpc
         self.json_rpc = Methods(handle_request, functools.partial(parameters_of, self))
         self.mcp: Mcp | None = None  # from the first assistant on
         self._route = functools.partial(route, self)
@@ -262,7 +263,7 @@ class WebSocketManager(EndpointHub):
         is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
         self.traces = trace.is_wanted()
         has_lane = is_ours and not self.traces
-        self.prepared: dict[str, Call] = self.commands.prepared if has_lane else {}
+        self.prepared: dict[str, Ready] = self.commands.prepared if has_lane else {}
         self.prepare_inline = self.commands.prepare_inline if has_lane else _prepare_nothing
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
@@ -432,7 +433,7 @@ class WebSocketManager(EndpointHub):
         return Exchange(connection, self._route)
 
 
-def _prepare_nothing(line: str) -> Call | None:
+def _prepare_nothing(line: str) -> Ready | None:
     """Where the fast lane is closed."""
     return None
 
@@ -455,22 +456,22 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
     params, wanted = message.get("params"), message.get("id")
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
-        call = None
+        ready = None
         if type(line) is str and client.calls is None and type(wanted) in ID_TYPES:
-            call = manager.prepared.get(line) or manager.prepare_inline(line)
-        if call is not None:
+            ready = manager.prepared.get(line) or manager.prepare_inline(line)
+        if ready is not None:
             try:
-                value = manager.commands.call_inline(call)
+                value = manager.commands.run_inline(ready)
                 data = {"command": line, "result": value}
                 if wanted is None:
                     return dumps({"type": "command_response", "data": data})
                 return dumps({"type": "command_response", "data": data, "id": wanted})
             except RequestError as error:
                 manager.metrics.errors[error.code] += 1
-                return Request(client, wanted, ack, size, line).refuse(error)
+                return client.request_type(client, wanted, ack, size, line).refuse(error)
             except TypeError:  # `value` is not what orjson takes at once
-                return Request(client, wanted, ack, size, line).result(value)
-    return handle_request(Request(client, wanted, ack, size), message)
+                return client.request_type(client, wanted, ack, size, line).result(value)
+    return handle_request(client.request_type(client, wanted, ack, size), message)
 
 
 def handle_request(request: Request, message: dict[str, Any]) -> bytes | None:

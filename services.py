@@ -38,7 +38,7 @@ from karna.log import LogGate, log
 from karna.model_service import ModelService
 from karna.service import Service
 from karna.text import one_line
-from karna.words import SHORT_LINE_CHARS, Ranking, split_words
+from karna.words import Ranking, plain_words, split_words
 from karna.work import Job, Tasks, ThreadPool, failure_of
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
 ]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Ready = tuple[Command, list[Any], dict[str, Any]]  # an inline command and its arguments
 Ended = Callable[[Any, RequestError | None], None]  # told a result, or why there is none
 
 
@@ -58,6 +59,7 @@ Ended = Callable[[Any, RequestError | None], None]  # told a result, or why ther
 
 
 MAX_NAME_CHARS = 40  # of an unknown name that are compared and shown
+NO_PARAMS: Mapping[str, Any] = types.MappingProxyType({})
 MAX_PREPARED, MAX_PREPARED_CHARS = 500, 200  # command lines kept as they were understood
 
 
@@ -81,7 +83,8 @@ class CommandProcessor(Service):
         self._handler_threads = ThreadPool(max_threads, "karna-handler")
         self.tasks = Tasks()  # running commands
         self.log_gate = LogGate()  # or the one that all share
-        self.prepared: dict[str, Call] = {}  # recent lines of inline commands, ready to run
+        self.prepared: dict[str, Ready] = {}  # lines of inline commands that came again
+        self._asked: set[str] = set()  # those that came once
         self._replaceable: set[str] = set()  # a program may have its own `echo`
         self._ranking: Ranking[Command] | None = None  # made when it is asked
         self._notify: Command | None = None  # ours, which waits where a backplane does
@@ -143,20 +146,12 @@ class CommandProcessor(Service):
         self._notify.inline = not waits
         self.prepared.clear()
 
-    def prepare(self, line: str, params: Mapping[str, Any] = types.MappingProxyType({})) -> Call:
+    def prepare(self, line: str, params: Mapping[str, Any] = NO_PARAMS) -> Call:
         """Find the command of a line and bind its arguments; raises UnknownCommand, UsageError.
 
-        Called for every message. A printable text has no blank but the space, so that str.split
-        splits it as a shell would, unless there are quotes or backslashes.
         """
-        if not params:
-            call = self.prepared.get(line)
-            if call is not None:
-                return call
-        is_short = len(line) < SHORT_LINE_CHARS
-        if is_short and line.isprintable() and not ("\\" in line or '"' in line or "'" in line):
-            words = line.split()
-        else:
+        words = plain_words(line)
+        if words is None:
             words = line.split(None, 1)[:1]
             found = self.commands.get(words[0]) if words else None
             if found is None or not found.takes_text:
@@ -169,23 +164,39 @@ class CommandProcessor(Service):
             raise self.unknown(name)
         if command.takes_text:
             words = command.split_text(line)
-        call = Call(command, *command.bind(words, params))
-        if command.inline and not params and len(line) <= MAX_PREPARED_CHARS:
-            # Clients say the same again; an inline call has no Context and may run many times.
-            if len(self.prepared) >= MAX_PREPARED:
-                self.prepared.clear()
-            self.prepared[line] = call
-        return call
+        return Call(command, *command.bind(words, params))
 
-    def prepare_inline(self, line: str) -> Call | None:
-        """`prepare`, for a line of an inline command without a fault; None for any other."""
-        command = self.commands.get(line.partition(" ")[0])
-        if command is None or not command.inline:
+    def prepare_inline(self, line: str) -> Ready | None:
+        """The commonest lines, ready to run: an inline command and plain words, without a fault.
+
+        None for all others, which `prepare` takes. A line that comes again is kept in `prepared`:
+        an inline call has no Context and may run many times.
+        """
+        words = plain_words(line)
+        command = self.commands.get(words[0]) if words else None
+        if command is None or words is None or not command.inline:
             return None
+        del words[0]
         try:
-            return self.prepare(line)
+            if command.takes_text:
+                words = command.split_text(line)
+            args, kwargs = command.bind(words, NO_PARAMS)
         except UsageError:
             return None
+        ready = command, args, kwargs
+        if line in self._asked:
+            self._keep(line, ready)
+        elif len(self._asked) < MAX_PREPARED:
+            self._asked.add(line)
+        else:
+            self._asked.clear()
+        return ready
+
+    def _keep(self, line: str, ready: Ready) -> None:
+        if len(self.prepared) >= MAX_PREPARED:
+            self.prepared.clear()
+        if len(line) <= MAX_PREPARED_CHARS:
+            self.prepared[line] = ready
 
     def unknown(self, name: str) -> UnknownCommand:
         """The error for a name that no command has."""
@@ -210,12 +221,17 @@ class CommandProcessor(Service):
 
     def call_inline(self, call: Call) -> Any:
         """Run an inline command now; whatever it raises comes out as a RequestError."""
+        return self.run_inline((call.command, call.args, call.kwargs))
+
+    def run_inline(self, ready: Ready) -> Any:
+        """`call_inline`, of what `prepare_inline` gives."""
+        command, args, kwargs = ready
         try:
-            value = call.command.function(*call.args, **call.kwargs)
+            value = command.function(*args, **kwargs) if kwargs else command.function(*args)
         except BaseException as error:
             self.failed += 1
             self.touch()
-            raise self._failure_of(call.command, error) from None
+            raise self._failure_of(command, error) from None
         self.done += 1  # without touch(): who keeps a status compares `done`, which is cheaper
         return value
 

@@ -7,6 +7,7 @@ asks `check_access` before anything else. Used by the routes and the Socket.IO d
 
 from __future__ import annotations
 
+import functools
 import hmac
 import re
 import socket
@@ -49,15 +50,20 @@ def check_host(config: Config, head: Head) -> None:
     host = head.headers.get("host")
     if host is None or "host" in head.repeated:
         raise InvalidRequest("a request needs exactly one Host header")
+    name = _foreign_name(host)
+    if name and name not in [each.lower() for each in config.allow_host]:
+        message = f"Host {name} is not allowed; --allow-host {name} would allow it"
+        raise Forbidden(message)
+
+
+@functools.lru_cache
+def _foreign_name(host: str) -> str:
+    """The name in a Host field that must be allowed; none of localhost and of an IP address."""
     match = _HOST.fullmatch(host)
     if match is None:
         raise InvalidRequest("malformed Host header")
     name = match[1].lower()
-    if name == "localhost" or is_ip_address(name):
-        return
-    if name not in [each.lower() for each in config.allow_host]:
-        message = f"Host {name} is not allowed; --allow-host {name} would allow it"
-        raise Forbidden(message)
+    return "" if name == "localhost" or is_ip_address(name) else name
 
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
@@ -117,7 +123,9 @@ _ADDRESS = re.compile(r"[0-9A-Fa-f:.]{2,45}")
 
 
 def is_authorized(config: Config, head: Head) -> bool:
-    """Does the request carry the token, in its header or its query?"""
+    """Does the request carry the token, if there is one, in its header or its query?"""
+    if config.token is None:
+        return True
     scheme, _, given = head.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and "authorization" not in head.repeated:
         return token_matches(config.token, given.strip())

@@ -106,8 +106,10 @@ class AdmissionHub(BroadcastHub):
         if not client.is_present:
             return  # it has left meanwhile
         if error is not None:
-            who, text = client.connection.who, "%s was not let in by the connect handler"
-            self.log_gate.info("clients that were not let in", text, who)
+            self.log_gate.info(
+                "clients that were not let in",
+                lambda: f"{client.connection.who} was not let in by the connect handler",
+            )
             return client.refuse(encodable(explain(error)))
         self.flush_broadcasts()  # to the others: this one gets them from the history
         since, missed = client.since, None

@@ -68,6 +68,7 @@ class Client:
         "manager", "since",
     )  # fmt: skip
     door: ClassVar[str] = ""
+    request_type: ClassVar[type[Request]]  # what its requests are, with their form of answer
     namespace = "/"
 
     def __init__(self, connection: Connection, manager: Any, id: str) -> None:
@@ -302,6 +303,9 @@ class Request:
         """What an ack holds."""
         envelope = {"type": type, "data": data}
         return [envelope if self.id is None else {**envelope, "id": self.id}]
+
+
+Client.request_type = Request
 
 
 def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes | None:

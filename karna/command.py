@@ -214,10 +214,12 @@ class Command:
         before = self._words if self._repeated is not None else self._words[:-1]
         if any(each.is_text for each in before) or (self._repeated and self._repeated.is_text):
             raise TypeError(f"command {self.name}: a Text takes what is left, nothing can follow")
-        # The two commonest shapes are bound without a loop: only words, and nothing at all.
+        # The commonest shapes take no tables: only words, nothing at all, a word each.
         any_words = self._repeated is not None and self._repeated.kind in (KINDS[str], ANY)
         self._only_words = any_words and not self._words and not self._has_options
         self._bare = None if self._required else self._arrange({})[0]
+        is_plain = self._repeated is None and not self._has_options
+        self._converters = [each.convert for each in self._words] if is_plain else []
 
     def _read_context(self, declared: inspect.Parameter) -> None:
         if self.inline:
@@ -332,6 +334,8 @@ class Command:
                 return self._bare[:], {}
         given: dict[str, Any] = {}
         try:
+            if words and not params and len(words) == len(self._converters):
+                return list(map(_convert, self._converters, words)), given
             rest = self._bind_options(words, given) if self._has_options else words
             self._bind_words(rest, given)
             self._bind_params(params, given)
@@ -410,6 +414,10 @@ class Command:
         if self._repeated is not None:
             args += given.pop(self._repeated.name, ())
         return args, given  # what is left are options
+
+
+def _convert(convert: Callable[[Any], Any], word: str) -> Any:
+    return convert(word)
 
 
 def _describe_parameters(text: str) -> dict[str, str]:

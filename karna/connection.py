@@ -10,11 +10,11 @@ The library's own machinery (a task, a queue and two futures per client) is bypa
 its that we rely on without a promise are used in this room only, and `frames.apply_mask`:
 
     ServerProtocol.receive_data, receive_eof, events_received, data_to_send, send_close, fail,
-    state, parse, parser, reader.eof, eof_sent, current_size       Frame.opcode, .data, .fin
+    state, reader.eof, eof_sent, current_size       Frame.opcode, .data, .fin
 
-asyncio accepts, closes, keeps what a socket does not take, and does TLS and HTTP. Where there is
-epoll, open WebSockets are read and written by us: one reader for all of them, and a write straight
-to the socket while nothing waits before it.
+A transport keeps what a socket does not take, and closes it: ours where there is epoll, and then
+one reader reads all sockets and a write goes straight to the socket while nothing waits before it;
+asyncio's for TLS, and elsewhere.
 
 Touches the hub it belongs to and the door it has; used by the doors and by the server.
 """
@@ -26,7 +26,6 @@ import sys
 from time import perf_counter
 from typing import Any, cast
 
-from websockets.asyncio.server import Server as WebSocketServer
 from websockets.frames import BINARY, CONT, TEXT, CloseCode, Frame
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -43,9 +42,11 @@ from karna.door import (
 from karna.errors import FAULTS
 from karna.frames import SHORT_TEXT_HEADS, apply_mask, frame_text
 from karna.hub import Hub
-from karna.reader import FLUSH_BYTES, EpollReader
+from karna.log import library_log
+from karna.reader import FLUSH_BYTES
 from karna.sender import Sender
 from karna.trace import closed, opened
+from karna.transport import SocketTransport
 
 MAX_FRAGMENTS = 4096  # in one message, as the websockets library: tiny fragments cost much memory
 MAX_LEAVING = 4  # disconnect handlers of one connection at a time
@@ -55,6 +56,7 @@ LATE_BYTES = 2048  # of what still arrives while we close are read in a turn: 34
 LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, and...
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 
+_USUAL_CLOSES = (b"", b"\x03\xe8", b"\x03\xe9")  # without a code, 1000, 1001
 _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
 
@@ -63,18 +65,17 @@ class Connection(Sender):
 
     # Slots for our own attributes: past 30 keys CPython stops sharing instance dicts (1.4 KiB).
     __slots__ = (
-        "_need", "_parts", "_parts_are_text", "_tail", "calls", "deadline", "door", "heard",
-        "leaving", "next_ping", "pinged_at", "protocol", "reader", "waiting", "waiting_bytes",
+        "_is_deaf", "_need", "_parts", "_parts_are_text", "_protocol", "_tail", "calls",
+        "deadline", "door", "heard", "leaving", "next_ping", "pinged_at", "waiting",
+        "waiting_bytes",
     )  # fmt: skip
 
-    def __init__(
-        self, hub: Hub, protocol: ServerProtocol, server: WebSocketServer, **options: Any
-    ) -> None:
+    def __init__(self, hub: Hub) -> None:
         super().__init__(hub)
-        self.protocol = protocol
+        self._protocol: ServerProtocol | None = None
+        self._is_deaf = True  # nothing that arrives once we are closing counts
         self.deadline = self.loop.time() + hub.config.open_timeout_s
         self.heard = True
-        self.reader: EpollReader | None = None  # who reads it in place of the transport
         self.next_ping = NEVER
         self.pinged_at: float | None = None
         self.calls: Any = None  # what its clients have running and waiting, while there is any
@@ -96,11 +97,10 @@ class Connection(Sender):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not super(): it would start the library's handler task.
         self.transport = cast(asyncio.Transport, transport)
-        if self.hub.reader is not None and not transport.get_extra_info("ssl_object"):
-            self.fd = transport.get_extra_info("socket").fileno()
-            self.transport.set_write_buffer_limits(0)
+        if type(transport) is SocketTransport:
+            self.fd = transport.fd
+            transport.resume_reading()
         self.hub.adopt(self)
         if self.hub.traces:
             opened(self)
@@ -110,19 +110,17 @@ class Connection(Sender):
         self.take(data)
         self.flush()
 
-    def eof_received(self) -> bool:  # type: ignore[override]
+    def eof_received(self) -> bool:
         """Nothing more arrives; true: an answer is still to come, the transport stays open."""
         if self.phase is Phase.HTTP:
             return self.door.take_end()
         self._begin_closing()
-        if self._is_websocket:
+        if not self._is_deaf:
             self.protocol.receive_eof()
             self._send_library_data()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.reader is not None:
-            self.reader.remove(self)
         self.fd = -1  # it may soon be another's
         if self.phase in (Phase.HTTP, Phase.OPEN):
             self.door.end()
@@ -147,10 +145,10 @@ class Connection(Sender):
     # Bytes to frames, frames to messages.
 
     def take_end(self) -> None:
-        """The peer of a WebSocket sends no more: what asyncio does then."""
-        self._pause_reading()
-        self.eof_received()
-        self.transport.close()
+        """The peer sends no more: what asyncio does then."""
+        cast(SocketTransport, self.transport).end_reading()
+        if not self.eof_received():
+            self.transport.close()
 
     def keep(self, data: bytes, need: int = 0) -> None:
         """Keep what has arrived of something until it has `need` bytes."""
@@ -221,7 +219,7 @@ class Connection(Sender):
                     if perf_counter() > until:
                         self.wait_for_turn()
                         break
-                self._feed_library(data[position:stop])
+                self._take_rare(data[position:stop])
                 position = stop
         self.hub.messages_in += messages
         if self.phase is not _OPEN:
@@ -277,8 +275,12 @@ class Connection(Sender):
         self._read_late(data)
 
     @property
-    def _is_websocket(self) -> bool:
-        return self.protocol.state is not State.CONNECTING
+    def protocol(self) -> ServerProtocol:
+        """The library's side of an open WebSocket; from the first frame on that it has to see."""
+        if self._protocol is None:
+            limit = self.hub.config.max_message_bytes
+            self._protocol = ServerProtocol(state=State.OPEN, max_size=limit, logger=library_log)
+        return self._protocol
 
     def _read_late(self, data: bytes) -> None:
         """What arrives once we are closing: only the library's close handshake matters.
@@ -287,7 +289,7 @@ class Connection(Sender):
         """
         if self._tail is not None:
             self._tail += data
-        elif data and self._is_websocket and not self.protocol.reader.eof:
+        elif data and not self._is_deaf and not self.protocol.reader.eof:
             self.protocol.receive_data(data[:LATE_BYTES])
             self.protocol.events_received()
             self._send_library_data()
@@ -302,12 +304,25 @@ class Connection(Sender):
             self._resume_reading()
             self._read_late(bytes(tail))
 
-    def _feed_library(self, frame: bytes) -> None:
+    def _take_rare(self, frame: bytes) -> None:
+        """Take a control frame or a fragment."""
+        if frame[0] == 0x88 and self._parts is None:
+            payload = apply_mask(frame[6:], frame[2:6])
+            if payload in _USUAL_CLOSES:
+                return self._echo_close(payload)
         self.protocol.receive_data(frame)
         for event in self.protocol.events_received():
             if isinstance(event, Frame) and event.opcode in (TEXT, BINARY, CONT):
                 self._assemble(event)
         self._send_library_data()
+
+    def _echo_close(self, payload: bytes) -> None:
+        """The peer closes (RFC 6455, 5.5.1)."""
+        self.flush()
+        self.write(b"\x88%c%b" % (len(payload), payload))
+        self._is_deaf = True
+        self._begin_closing()
+        self._half_close()
 
     def _assemble(self, frame: Frame) -> None:
         """Collect the fragments of a message; handle it when it is whole."""
@@ -349,8 +364,6 @@ class Connection(Sender):
 
     def abort(self) -> None:
         """Cut the connection; nothing that has arrived is read any more."""
-        if self.reader is not None:
-            self.reader.remove(self)
         self._holds |= HOLD_CLOSED
         self.transport.abort()
 
@@ -411,17 +424,11 @@ class Connection(Sender):
             self.release(HOLD_LEAVING)
 
     def _pause_reading(self) -> None:
-        if self.reader is not None:
-            self.reader.remove(self)
-        elif not self.transport.is_closing():
+        if not self.transport.is_closing():
             self.transport.pause_reading()
 
     def _resume_reading(self) -> None:
-        if self.transport.is_closing():
-            return
-        if self.reader is not None:
-            self.reader.add(self)
-        else:
+        if not self.transport.is_closing():
             self.transport.resume_reading()
 
     @property
@@ -442,18 +449,11 @@ class Connection(Sender):
 
     def upgrade(self, handshake: bytes, door: Door, ping_interval_s: float) -> None:
         """Answer the handshake: from here on `door` gets the messages."""
-        self.protocol.state = State.OPEN
-        self.protocol.parser = self.protocol.parse()  # past the HTTP head, which was ours
-        next(self.protocol.parser)
+        self._is_deaf = False
         self.door = door
         self.phase = _OPEN
         self._queue.append(handshake)
         self.is_queueing = True  # what follows it leaves in the same write
-        if self.fd >= 0:
-            self._pause_reading()
-            self.reader = self.hub.reader
-            if not self._holds:
-                self._resume_reading()
         self.next_ping = self.deadline = self.loop.time() + ping_interval_s
 
     def on_deadline(self, now: float) -> None:
@@ -481,7 +481,7 @@ class Connection(Sender):
         silence = NEVER if self.pinged_at is None else self.pinged_at + timeout_s
         self.deadline = min(self.next_ping, silence)
 
-    def close(self, code: int, reason: str = "") -> None:  # type: ignore[override]
+    def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake; the socket is cut if the peer does not answer in time."""
         if self.phase is _OPEN and self.protocol.state is State.OPEN:
             # 125 bytes hold the code and a reason of 123 (RFC 6455, 5.5).

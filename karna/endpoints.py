@@ -7,6 +7,7 @@ http; the page and MCP have rooms of their own.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from orjson import JSONDecodeError, dumps, loads
@@ -15,7 +16,7 @@ from karna.builtins import notification
 from karna.door import HOLD_BATCH
 from karna.envelopes import encode_json
 from karna.errors import InvalidParams, InvalidRequest, RequestError
-from karna.http import Exchange, HttpClient, HttpRequest, upgrade_required
+from karna.http import Exchange, HttpClient, upgrade_required
 from karna.jsonrpc import Methods, handle_json_rpc, is_notification, refuse_json
 from karna.server import ServedHub
 from karna.status import StatusBoard
@@ -25,6 +26,7 @@ class EndpointHub(ServedHub):
     """What the endpoints need of the manager at the top."""
 
     board: StatusBoard
+    handle_rpc: Callable[[Any, dict[str, Any], int | None, int], bytes | None]
     json_rpc: Methods
     sessions: set[Any]  # of Socket.IO
 
@@ -74,9 +76,11 @@ def read_object(body: bytes) -> dict[str, Any]:
 def answer_execute(manager: EndpointHub, exchange: Exchange, body: bytes) -> None:
     """POST /api/execute_command: run a command, answer as the raw door would."""
     params = read_object(body)
-    request = HttpRequest(HttpClient(exchange, manager), None, None, len(body))
+    client = HttpClient(exchange, manager)
     message = {"method": "execute_command", "params": params}
-    request.deliver(manager.json_rpc.handle(request, message))
+    answer = manager.handle_rpc(client, message, None, len(body))
+    if answer is not None:
+        client.deliver(answer, None)
 
 
 def answer_notify(manager: EndpointHub, exchange: Exchange, body: bytes) -> None:

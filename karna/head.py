@@ -49,8 +49,8 @@ class Head(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Is the connection to be closed behind the answer (RFC 9112, 9.3)?"""
-        options = self.headers.get("connection", "").lower().split(",")
-        return self.is_http_1_0 or "close" in [option.strip() for option in options]
+        options = self.headers.get("connection")
+        return self.is_http_1_0 or (options is not None and "close" in options_of(options))
 
     @property
     def expects_continue(self) -> bool:
@@ -58,22 +58,30 @@ class Head(NamedTuple):
         return self.headers.get("expect", "").lower() == "100-continue"
 
 
+def options_of(field: str) -> list[str]:
+    """The options of a `Connection` field."""
+    return [option.strip() for option in field.lower().split(",")]
+
+
 _HEAD = re.compile(
-    rb"(?P<method>[A-Z]{1,20}) (?P<target>[!-~]+) HTTP/1\.(?P<minor>[01])\r\n"
-    rb"(?P<headers>(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
+    r"(?P<method>[A-Z]{1,20}) (?P<target>[!-~]+) HTTP/1\.(?P<minor>[01])\r\n"
+    r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"
 )  # RFC 9112, 3 and 5, without folded lines
 
 
 def parse_head(head: bytes) -> Head:
     """Parse an HTTP head. Raises RequestError for one that is malformed or too large."""
-    lines = head.split(b"\r\n")
-    if len(lines) > MAX_HEAD_LINES + 2 or max(map(len, lines)) > MAX_HEAD_LINE_BYTES:
+    text = head.decode("latin-1")
+    lines = text.split("\r\n")
+    if len(lines) > MAX_HEAD_LINES + 2 or (
+        len(head) > MAX_HEAD_LINE_BYTES and max(map(len, lines)) > MAX_HEAD_LINE_BYTES
+    ):
         raise _head_too_large(head)
-    match = _HEAD.fullmatch(head)
+    match = _HEAD.fullmatch(text)
     if match is None:
         raise InvalidRequest("malformed HTTP head")
     headers, repeated = _merge_headers(lines[1:-2])
-    target = match["target"].decode()
+    method, target, minor = match.groups()
     absolute = None if target.startswith("/") else _ABSOLUTE.match(target)
     if absolute is not None:  # its authority takes the place of Host (RFC 9112, 3.2.2)
         headers["host"], target = absolute["authority"], absolute["rest"] or "/"
@@ -84,10 +92,10 @@ def parse_head(head: bytes) -> Head:
         query = parse_qs(query_text, True, max_num_fields=100) if query_text else {}
     except ValueError:
         raise InvalidRequest("the query has too many fields") from None
-    is_http_1_0 = match["minor"] == b"0"
+    is_http_1_0 = minor == "0"
     is_chunked = _is_chunked(headers, is_http_1_0)
     return Head(
-        match["method"].decode(), path, query, headers, repeated,
+        method, path, query, headers, repeated,
         _content_length(headers, repeated), is_chunked, is_http_1_0,
     )  # fmt: skip
 
@@ -106,21 +114,26 @@ def _is_chunked(headers: Mapping[str, str], is_http_1_0: bool) -> bool:
     return True
 
 
-def _merge_headers(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
+def _merge_headers(lines: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:
     headers: dict[str, str] = {}
-    repeated = set()
+    repeated = _NONE
     for line in lines:
-        name, _, value = line.decode("latin-1").partition(":")
+        name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
-            repeated.add(name)
+            repeated |= {name}
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    return headers, frozenset(repeated)
+    return headers, repeated
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 def _content_length(headers: Mapping[str, str], repeated: frozenset[str]) -> int:
-    text = headers.get("content-length", "0")
+    text = headers.get("content-length")
+    if text is None:
+        return 0
     # The length first: int() of thousands of digits is slow, or raises.
     if "content-length" in repeated or not text.isascii() or not text.isdigit() or len(text) > 15:
         raise InvalidRequest("malformed Content-Length")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import signal
 import socket
@@ -28,13 +27,11 @@ from karna.access import is_ip_address
 from karna.config import Config
 from karna.errors import StartError
 from karna.hub import PENDING_CONNECTIONS
-from karna.log import log
+from karna.log import library_log, log
+from karna.reader import EpollReader
+from karna.transport import BACKLOG, Acceptor
 
-BACKLOG = 512  # connections the kernel completes while we are busy
 SPARE_DESCRIPTORS = 64  # for programs, model servers, Redis, files, and who is being closed
-
-_library_log = logging.getLogger("karna_ws.websockets")
-_library_log.setLevel(logging.ERROR)  # it would log each connection twice
 
 
 class Listener:
@@ -43,6 +40,8 @@ class Listener:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.server: WebSocketServer | None = None
+        self._create: Callable[[], Any] = object
+        self._acceptors: list[Acceptor] = []
         self._unix_file: os.stat_result | None = None
 
     @property
@@ -50,25 +49,26 @@ class Listener:
         """Those that clients connect to."""
         return list(self.server.sockets) if self.server else []
 
-    async def bind(self, create_connection: Callable[..., ServerConnection]) -> None:
-        """Bind, without accepting yet. Raises StartError, in one line that names the mend."""
+    async def bind(self, create: Callable[[], Any]) -> None:
+        """Bind, without accepting yet; `create` makes the protocol of an accepted socket.
+
+        Raises StartError, in one line that names the mend.
+        """
         config = self.config
         check_binding(config)
-        options: dict[str, Any] = {
-            "create_connection": create_connection,
-            "compression": None,  # 64 KiB a client, and a small message could unpack to gigabytes
-            "ping_interval": None,  # one sweep pings all
-            "max_size": config.max_message_bytes,
-            "open_timeout": config.open_timeout_s,
-            "close_timeout": config.close_timeout_s,
-            "logger": _library_log,
-            "backlog": BACKLOG,
-            "start_serving": False,
-        }
         if config.certfile:
             from karna.tls import entrances  # with ssl; most start without
 
-            options["create_connection"] = entrances(config, create_connection)
+            create = entrances(config, create)
+        self._create = create
+        options: dict[str, Any] = {
+            # Not a connection of the library's, which would make a task, a queue, two futures, and
+            # with compression 64 KiB.
+            "create_connection": lambda protocol, server, **options: create(),
+            "backlog": BACKLOG,
+            "logger": library_log,
+            "start_serving": False,
+        }
         try:
             self.server = await self._bind(options)
         except OSError as error:
@@ -107,13 +107,20 @@ class Listener:
         """Does it listen on a Unix socket?"""
         return self.sockets[0].family == socket.AF_UNIX
 
-    async def start_accepting(self) -> None:
-        """From now on clients get in."""
+    async def start_accepting(self, reader: EpollReader | None) -> None:
+        """From now on clients get in; with a reader without asyncio's help."""
         assert self.server is not None
-        await self.server.start_serving()
+        if reader is None or self.config.certfile:
+            return await self.server.start_serving()
+        loop = asyncio.get_running_loop()
+        for listening in self.sockets:
+            self._acceptors.append(Acceptor(loop, reader, listening, self._create))
+        return None
 
     def stop_accepting(self) -> None:
         """Accept nobody any more; who is connected stays."""
+        while self._acceptors:
+            self._acceptors.pop().close()
         if self.server is not None:
             self.server.close(close_connections=False)
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import traceback
+from collections.abc import Callable
 
 from karna.text import one_line, printable
 
 log = logging.getLogger("karna_ws")
+library_log = logging.getLogger("karna_ws.websockets")
+library_log.setLevel(logging.ERROR)  # it would log each connection twice
 
 MAX_TRACEBACK_LINES = 60  # of an error; the deepest calls say most
 MAX_FAULTS = 200  # places in the code whose errors are told apart; the others are one
@@ -53,10 +56,10 @@ class LogGate:
         if self.admits(kind):
             log.warning(text, *(one_line(str(value), 400) for value in values))
 
-    def info(self, kind: str, text: str, *values: object) -> None:
-        """Log one line about what is well, such as a client that comes."""
+    def info(self, kind: str, describe: Callable[[], str]) -> None:
+        """Log one line about what is well, such as a client that comes; made if it is logged."""
         if log.isEnabledFor(logging.INFO) and self.admits(kind, COMINGS, logging.INFO):
-            log.info(text, *(one_line(str(value), 400) for value in values))
+            log.info("%s", one_line(describe(), 400))
 
     def error(self, what: str, exc: BaseException) -> None:
         """Log an error of a program's code, or of ours.

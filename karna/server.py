@@ -99,7 +99,7 @@ class Server:
                 # Clients that come back at once would else find no history, as without Redis.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(manager.backplane.has_tried.wait(), BACKPLANE_S)
-            await self.listener.start_accepting()
+            await self.listener.start_accepting(manager.reader)
         except BaseException:  # cancelled: nobody has this server yet to close it
             await self.close()
             raise

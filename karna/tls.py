@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from karna.config import Config
 from karna.connection import Connection
@@ -23,14 +23,11 @@ from karna.sender import peer_address
 MAX_EARLY_BYTES = 64 * 1024  # that arrive with the handshake's last packet; asyncio reads no more
 
 
-def entrances(config: Config, create_connection: Callable[..., Any]) -> Callable[..., Any]:
+def entrances(config: Config, create: Callable[[], Connection]) -> Callable[[], TlsEntrance]:
     """What makes the protocol of an accepted socket. Raises StartError for a bad certificate."""
     context = make_tls_context(config)
 
-    def create(*args: Any, **options: Any) -> TlsEntrance:
-        return TlsEntrance(create_connection(*args, **options), context)
-
-    return create
+    return lambda: TlsEntrance(create(), context)
 
 
 def make_tls_context(config: Config) -> ssl.SSLContext:

@@ -25,16 +25,17 @@ def is_wanted() -> bool:
 
 def came(client: Any) -> None:
     """A client was let in."""
-    if log.isEnabledFor(logging.INFO):
-        who = client.connection.who
-        client.manager.log_gate.info("clients that came", "%s came: %s", who, _described(client))
+    client.manager.log_gate.info(
+        "clients that came", lambda: f"{client.connection.who} came: {_described(client)}"
+    )
 
 
 def went(client: Any, reason: str) -> None:
     """A client that was in has left."""
-    if log.isEnabledFor(logging.INFO):
-        who, gate = client.connection.name, client.manager.log_gate
-        gate.info("clients that went", "%s went: %s: %s", who, _described(client), reason)
+    name = client.connection.name
+    client.manager.log_gate.info(
+        "clients that went", lambda: f"{name} went: {_described(client)}: {reason}"
+    )
 
 
 def _described(client: Any) -> str:

@@ -30,6 +30,16 @@ _PIECE = re.compile(
 )
 
 
+def plain_words(line: str) -> list[str] | None:
+    """The words of a short line without quotes and backslashes; None for any other.
+
+    A printable text has no blank but the space, so that str.split splits it as a shell would.
+    """
+    if len(line) >= SHORT_LINE_CHARS or "\\" in line or '"' in line or "'" in line:
+        return None
+    return line.split() if line.isprintable() else None
+
+
 def split_words(line: str) -> list[str]:
     """Split a command line as a POSIX shell would: quotes and backslashes, nothing else.
 

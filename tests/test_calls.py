@@ -577,7 +577,7 @@ async def test_method_runs_in_a_thread_or_on_the_loop_as_it_was_registered() -> 
 
 
 async def test_line_said_again_fails_as_it_did_the_first_time() -> None:
-    """The second time it is a prepared one, in the fast lane."""
+    """The third time it is a prepared one, in the fast lane."""
     manager = failing_manager()
 
     @manager.commands.command(inline=True)

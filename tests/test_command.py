@@ -257,14 +257,18 @@ def test_command_without_options_takes_dashes_as_they_are() -> None:
     assert processor(say).prepare("say --a -- -b --c=d").args == ["--a", "--", "-b", "--c=d"]
 
 
-def test_prepare_keeps_inline_calls_and_no_others() -> None:
+def test_lines_of_inline_commands_are_kept_once_they_come_again() -> None:
     commands = CommandProcessor()
-    assert commands.prepare("echo a") is commands.prepare("echo a")
-    assert commands.prepare("countdown 1").args is not commands.prepare("countdown 1").args
-    assert commands.prepare("help", {"command": "echo"}).args == ["echo"]
-    assert commands.prepare("help").args == [None]
+    first, second = commands.prepare_inline("echo a"), commands.prepare_inline("echo a")
+    assert first == second and first is not None and first[1:] == (["a"], {})
+    assert commands.prepared == {"echo a": second}
+    for line in ("countdown 1", "nobody", "", "echo 'a'", "echo a\\ b", "echo\ta", "help a b"):
+        assert commands.prepare_inline(line) is commands.prepare_inline(line) is None, line
+    assert list(commands.prepared) == ["echo a"]
     commands.add(Command(lambda *text: "mine", name="echo", inline=True))
-    assert commands.call_inline(commands.prepare("echo a")) == "mine"
+    assert not commands.prepared
+    ready = commands.prepare_inline("echo a")
+    assert ready is not None and commands.run_inline(ready) == "mine"
 
 
 async def test_prepare_that_is_overridden_decides_about_each_line() -> None:
@@ -310,11 +314,11 @@ def test_prepare_forgets_lines_when_notify_changes_its_way() -> None:
     hall: Any = Hall()
     commands.use_broadcaster(hall)
     assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
+    assert commands.prepare_inline("notify x") and commands.prepare_inline("notify x")
     assert "notify x" in commands.prepared
     commands.use_broadcaster(hall, waits=True)
     assert not commands.prepared
-    commands.prepare("notify x")
-    assert "notify x" not in commands.prepared, "it waits now"
+    assert commands.prepare_inline("notify x") is None, "it waits now"
     assert asyncio.run(commands.run(commands.prepare("notify x"), Context())) == {"clients": 2}
     commands.use_broadcaster(hall)
     assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
@@ -358,9 +362,11 @@ def test_prepare_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(services, "MAX_PREPARED", 3)
     commands = CommandProcessor()
     for number in range(10):
-        commands.prepare(f"echo {number}")
-        assert len(commands.prepared) <= 3
-    commands.prepare("echo " + "x" * 200)
+        for _ in range(3):
+            commands.prepare_inline(f"echo {number}")
+        assert 0 < len(commands.prepared) <= 3 and len(commands._asked) <= 3
+    for _ in range(3):
+        commands.prepare_inline("echo " + "x" * 200)
     assert all(len(line) < 200 for line in commands.prepared)
 
 

@@ -147,7 +147,7 @@ async def test_draining_server_starts_no_command_by_the_fast_lane_either() -> No
         served(manager, grace_s=20.0) as server,
         Raw.open(server) as client, Raw.open(server) as other, Sio.open(server, join="/") as session,
     ):  # fmt: skip
-        for _ in range(2):  # the second time it is a prepared one
+        for _ in range(3):  # the third time it is a prepared one
             await other.send(line)
             assert (await other.final(2))["data"]["result"] == "hi"
             assert (await session.rpc(line))["data"]["result"] == "hi"
@@ -480,7 +480,7 @@ async def test_start_that_is_cancelled_leaves_nothing_behind(
 ) -> None:
     begun = asyncio.Event()
 
-    async def never(listener: Listener) -> None:
+    async def never(listener: Listener, reader: object) -> None:
         begun.set()
         await asyncio.Event().wait()
 
