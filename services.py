@@ -246,7 +246,7 @@ class CommandProcessor(Service):
         self.running += 1
         self.touch()
         context.begin()
-        name = f"command {call.command.name}"
+        name = call.command.title
         ended = functools.partial(self._call_ended, call.command, context, on_end)
         return self.tasks.start(self._perform(call, context), name, self.timeout_s, ended)
 
@@ -287,18 +287,21 @@ class CommandProcessor(Service):
 
     async def _perform(self, call: Call, context: Context) -> Any:
         command = call.command
+        args, kwargs = call.args, call.kwargs
         if command.context_at is not None:
-            call.args.insert(command.context_at, context)
+            args.insert(command.context_at, context)
         elif command.context_name is not None:
-            call.kwargs[command.context_name] = context
+            kwargs[command.context_name] = context
         if command.runs == "stream":
-            return await _last_value(command.function(*call.args, **call.kwargs), context)
-        function = functools.partial(command.function, *call.args, **call.kwargs)
-        if command.runs == "thread":
-            threads = self._handler_threads if command.is_handler else self._threads
-            value = await threads.call(function, context.owner)
+            return await _last_value(command.function(*args, **kwargs), context)
+        if command.runs == "loop":
+            value = command.function(*args, **kwargs)
+            if type(value) is types.CoroutineType:
+                return await value
         else:
-            value = function()
+            threads = self._handler_threads if command.is_handler else self._threads
+            function = functools.partial(command.function, *args, **kwargs)
+            value = await threads.call(function, context.owner)
         return await value if inspect.isawaitable(value) else value
 
     async def start(self) -> None:

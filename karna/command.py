@@ -7,10 +7,11 @@ programs, and whoever calls a function of the program with a client's values.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, get_args
 
@@ -126,7 +127,7 @@ class Command:
     None, as `*words: str | None` or no annotation does. A last one annotated `Text` takes the rest
     of the line as it was typed. Every parameter can be given by name in `params` instead. `inline`
     marks a plain function that never blocks and may be called at once, on the loop, without a
-    task; functions with `yield` are `async def`.
+    task; an `async def` without any `await` is one. Functions with `yield` are `async def`.
 
     For assistants: `tool` says whether it is one of their tools (None: a program's commands are,
     built-in ones are not), `confirm` that a person has to agree to each call, `read_only` and
@@ -169,6 +170,8 @@ class Command:
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
+        if self.context_name is None and _never_waits(function):
+            self.inline, self.function = True, functools.partial(_finish, function)
         self.arguments = [each.describe() for each in self._by_name.values()]
         self.usage = " ".join([self.name, *(each.usage for each in self._by_name.values())])
         if self._extra is not None:
@@ -414,6 +417,25 @@ class Command:
         if self._repeated is not None:
             args += given.pop(self._repeated.name, ())
         return args, given  # what is left are options
+
+
+_AWAITS = dis.opmap["SEND"]  # in the code of each await, `async for` and `async with`
+
+
+def _never_waits(function: Any) -> bool:
+    """Is it an `async def` in which nothing can wait? No task could do more for it."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None or not inspect.iscoroutinefunction(function):
+        return False
+    return _AWAITS not in code.co_code[::2]
+
+
+def _finish(function: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any) -> Any:
+    """What a coroutine returns that never waits."""
+    try:
+        function(*args, **kwargs).send(None)
+    except StopIteration as end:
+        return end.value
 
 
 def _convert(convert: Callable[[Any], Any], word: str) -> Any:

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from karna.errors import NO_BUGS, CommandFailed, RequestError, Unavailable, as_request_error
 from karna.errors import explain
@@ -45,17 +45,15 @@ def failure_of(
     return as_request_error(error)
 
 
-class _Outcome(NamedTuple):
-    value: Any
-    error: BaseException | None
+Outcome = tuple[Any, BaseException | None]  # what work returned, or what it raised
 
 
-async def _contain(work: Coroutine[Any, Any, Any]) -> _Outcome:
+async def _contain(work: Coroutine[Any, Any, Any]) -> Outcome:
     """Do the work; what it raises is a result, for a task that raises SystemExit ends the loop."""
     try:
-        return _Outcome(await work, None)
+        return await work, None
     except BaseException as error:
-        return _Outcome(None, error)
+        return None, error
 
 
 class Job:
@@ -66,9 +64,9 @@ class Job:
     about that is not looked at. Made by Tasks.start.
     """
 
-    __slots__ = ("_on_end", "_tasks", "_timer", "_waiting", "_work", "error", "is_cancelled",
-                 "is_late", "is_over", "task", "timeout_s", "value")  # fmt: skip
-    task: asyncio.Task[_Outcome]
+    __slots__ = ("_limit", "_on_end", "_tasks", "_timer", "_waiting", "_work", "error",
+                 "is_cancelled", "is_late", "is_over", "task", "timeout_s", "value")  # fmt: skip
+    task: asyncio.Task[Outcome]
 
     def __init__(
         self,
@@ -86,8 +84,9 @@ class Job:
         self.value: Any = None
         self.error: BaseException | None = None
         self.is_cancelled = self.is_late = self.is_over = False
-        if timeout_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
+        self._limit = None if timeout_s is None else tasks.limit_of(timeout_s)
+        if self._limit is not None:
+            self._limit.begin(self)
 
     def cancel(self) -> None:
         """End it: at once, or after CANCEL_WAIT_S when it ignores that. Too late is no error."""
@@ -95,15 +94,16 @@ class Job:
             self.is_cancelled = True
             self._interrupt()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Its time is over."""
         if not self.task.done():
             self.is_late = True
             self._interrupt()
 
     def _interrupt(self) -> None:
         self.task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._limit is not None:
+            self._limit.end(self)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(CANCEL_WAIT_S, self._tasks.leave, self.task)
 
@@ -126,6 +126,8 @@ class Job:
 
     def conclude(self) -> None:
         """Called by its owner, once: the task has ended, or is left behind."""
+        if self._limit is not None:
+            self._limit.end(self)
         if self._timer is not None:
             self._timer.cancel()
         self._settle()
@@ -149,6 +151,37 @@ class Job:
             self.value, self.error = self.task.result()
 
 
+class Limit:
+    """The jobs that may take so long, by one timer: most end long before, and have not cost one."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._until: dict[Job, float] = {}  # the first to expire first
+        self._loop: asyncio.AbstractEventLoop | None = None  # that will look at them
+
+    def begin(self, job: Job) -> None:
+        """Its time runs from now on."""
+        loop = asyncio.get_running_loop()
+        until = self._until[job] = loop.time() + self.timeout_s
+        if self._loop is not loop:
+            self._loop = loop
+            loop.call_at(until, self._look, loop)
+
+    def end(self, job: Job) -> None:
+        """It has ended, or is being ended."""
+        self._until.pop(job, None)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._until:
+            job, until = next(iter(self._until.items()))
+            if until > loop.time():
+                loop.call_at(until, self._look, loop)
+                return
+            del self._until[job]
+            job.expire()
+        self._loop = None
+
+
 class Tasks:
     """Tasks and jobs of one owner: each can be ended in bounded time, and none ends unnoticed.
 
@@ -161,6 +194,7 @@ class Tasks:
         self._running: dict[asyncio.Task[Any], Job | None] = {}
         self._left: set[asyncio.Task[Any]] = set()  # ignored their cancellation
         self._idle: asyncio.Event | None = None  # somebody waits for it
+        self._limits: dict[float, Limit] = {}
 
     @property
     def running(self) -> tuple[asyncio.Task[Any], ...]:
@@ -185,6 +219,13 @@ class Tasks:
         job.task = _make_task(_contain(work), name)
         self._own(job.task, job)
         return job
+
+    def limit_of(self, timeout_s: float) -> Limit:
+        """What jobs with this time limit share."""
+        limit = self._limits.get(timeout_s)
+        if limit is None:
+            limit = self._limits[timeout_s] = Limit(timeout_s)
+        return limit
 
     def _own(self, task: asyncio.Task[Any], job: Job | None) -> None:
         self._running[task] = job
@@ -261,9 +302,10 @@ def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
     if task.cancelled():
         return None
     error = task.exception()
-    if error is None and isinstance(outcome := task.result(), _Outcome):
-        error = outcome.error
-    return None if isinstance(error, asyncio.CancelledError) else error
+    if error is None and isinstance(outcome := task.result(), tuple):
+        error = outcome[-1]  # of a job
+    is_failure = isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError)
+    return error if is_failure else None
 
 
 def _log_error(name: str, error: BaseException) -> None:

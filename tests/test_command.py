@@ -1018,3 +1018,49 @@ def test_other_annotations_say_what_they_annotate() -> None:
     commands.command(count)
     call = commands.prepare("count 3 --note 'a b'")
     assert (call.args, call.kwargs) == ([3], {"note": "a b"})
+
+
+async def ready_at_once(number: int = 1) -> int:
+    if number == 0:
+        raise CommandFailed("nothing")
+    return number + 1
+
+
+async def waits_at_times(number: int = 1) -> int:
+    if number > 1:
+        await asyncio.sleep(0)
+    return number + 1
+
+
+async def waits_in_a_with() -> None:
+    async with asyncio.Lock():
+        pass
+
+
+async def waits_in_a_loop(context: Context) -> None:
+    async for _ in context.client:
+        pass
+
+
+async def has_context(context: Context) -> str:
+    return "told nobody"
+
+
+async def is_nested() -> Any:
+    async def inner() -> None:
+        await asyncio.sleep(0)
+
+    return inner.__name__
+
+
+def test_coroutine_that_can_not_wait_needs_no_task() -> None:
+    for function in (ready_at_once, is_nested):
+        assert Command(function).inline, function
+    for function in (waits_at_times, waits_in_a_with, waits_in_a_loop, has_context):
+        assert not Command(function).inline, function
+    commands = processor(ready_at_once)
+    ready = commands.prepare_inline("ready_at_once 5")
+    assert ready is not None and commands.run_inline(ready) == 6
+    with pytest.raises(CommandFailed, match="nothing"):
+        commands.call_inline(commands.prepare("ready_at_once 0"))
+    assert asyncio.run(commands.run(commands.prepare("ready_at_once"), Context())) == 2

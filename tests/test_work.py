@@ -761,3 +761,38 @@ async def test_text_of_an_error_forges_no_line_of_the_log(caplog: pytest.LogCapt
     assert all(line.startswith(("  | ", "service ill is")) for line in lines if "forged" in line)
     assert all(line.isprintable() for line in lines)
     assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_jobs_that_share_a_limit_expire_each_in_its_own_time() -> None:
+    tasks, ended = Tasks(), []
+
+    async def rest(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def start(name: str, seconds: float, limit_s: float) -> None:
+        tasks.start(rest(seconds), name, limit_s, lambda job: ended.append((name, job.is_late)))
+
+    start("late", 60, 0.05)
+    start("quick", 0, 0.05)
+    start("other limit", 60, 0.01)
+    start("later", 60, 0.05)
+    await until(lambda: len(ended) == 4)
+    assert ended == [("quick", False), ("other limit", True), ("late", True), ("later", True)]
+    start("again", 60, 0.05)
+    await until(lambda: len(ended) == 5)
+    assert ended[-1] == ("again", True)
+
+
+def test_limit_goes_on_in_the_next_loop() -> None:
+    tasks, late = Tasks(), []
+
+    async def serve() -> None:
+        tasks.start(asyncio.sleep(60), "quick", 0.01, lambda job: late.append(job.is_late))
+        if not late:
+            await tasks.end_all()  # its timer goes with the loop
+        else:
+            await until(lambda: len(late) == 2)
+
+    asyncio.run(serve())
+    asyncio.run(serve())
+    assert late == [False, True]
