@@ -160,7 +160,6 @@ class Command:
                 raise ValueError(f"a command's name is one word without quotes, not {each!r}")
         self.help = inspect.cleandoc(getattr(function, "__doc__", None) or "")
         self.summary = self.help.partition("\n")[0]
-        self.stems = stems_of(self.help)
         self.inline = inline
         self.tool = tool
         self.confirm = confirm
@@ -172,10 +171,6 @@ class Command:
         self._read_signature()
         if self.context_name is None and _never_waits(function):
             self.inline, self.function = True, functools.partial(_finish, function)
-        self.arguments = [each.describe() for each in self._by_name.values()]
-        self.usage = " ".join([self.name, *(each.usage for each in self._by_name.values())])
-        if self._extra is not None:
-            self.usage += " [--NAME VALUE]..."
 
     def _way_to_run(self) -> str:
         """How a task calls the function: 'stream', 'loop' or 'thread'."""
@@ -247,6 +242,24 @@ class Command:
             self._repeated = parameter
         elif not parameter.is_option:
             self._words.append(parameter)
+
+    # What tells of it is worked out when somebody asks.
+
+    @functools.cached_property
+    def stems(self) -> set[str]:
+        """The telling words of its docstring."""
+        return stems_of(self.help)
+
+    @functools.cached_property
+    def arguments(self) -> list[dict[str, Any]]:
+        """Its arguments, as `help` lists them."""
+        return [each.describe() for each in self._by_name.values()]
+
+    @functools.cached_property
+    def usage(self) -> str:
+        """The usage line."""
+        extra = [] if self._extra is None else ["[--NAME VALUE]..."]
+        return " ".join([self.name, *(each.usage for each in self._by_name.values()), *extra])
 
     def describe(self) -> dict[str, Any]:
         """As `help` lists it."""
@@ -444,10 +457,10 @@ def _convert(convert: Callable[[Any], Any], word: str) -> Any:
 
 def _describe_parameters(text: str) -> dict[str, str]:
     """What a docstring says of each parameter, in lines such as 'city: where to look'."""
-    return {match[1]: match[2] for match in _PARAMETER_LINE.finditer(text)}
+    return {match[1]: match[2] for match in re.finditer(_PARAMETER_LINE, text)}
 
 
-_PARAMETER_LINE = re.compile(r"^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$", re.MULTILINE)
+_PARAMETER_LINE = r"(?m)^\s*(?::param )?\*{0,2}(\w+)(?: \([^)]*\))?: +(\S.*)$"
 
 
 class Call:

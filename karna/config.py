@@ -34,7 +34,7 @@ _where, _who, _limit, _heartbeat, _recovery, _run = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
     """The options of `serve()`, of the command line and of the environment.
 
@@ -109,16 +109,16 @@ class Config:
             raise ValueError(f"port must be 65535 at most, not {self.port}")
         if self.keyfile and not self.certfile:
             raise ValueError("keyfile needs certfile")
-        if self.token is not None and not _TOKEN.fullmatch(self.token):
+        if self.token is not None and not re.fullmatch(_TOKEN, self.token):
             # Of anything else the clients' HTTP libraries make different bytes.
             raise ValueError("token must be printable ASCII, without blanks around it")
         for origin in self.allow_origin:
-            if not ORIGIN.fullmatch(origin):
+            if not re.fullmatch(ORIGIN, origin):
                 raise ValueError(
                     f"allow_origin must look like https://app.example, without a path: {origin!r}"
                 )
         for name in self.allow_host:
-            if not _HOST_NAME.fullmatch(name):
+            if not re.fullmatch(_HOST_NAME, name):
                 raise ValueError(
                     f"allow_host must be a name such as karna.example, without a port: {name!r}"
                 )
@@ -183,9 +183,10 @@ class Options(TypedDict, total=False):
     loop: str
 
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:(?![/?#])[!-~])+", re.IGNORECASE)
-_TOKEN = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+# Patterns that a start does not need are compiled with their first use.
+_HOST_NAME = r"[A-Za-z0-9._-]+"
+ORIGIN = r"(?i)[a-z][a-z0-9+.-]*://(?:(?![/?#])[!-~])+"
+_TOKEN = r"[!-~](?:[ -~]*[!-~])?"
 _OPTION_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "True or False"),
     "int": ((int,), "a whole number"),

@@ -82,7 +82,7 @@ def parse_head(head: bytes) -> Head:
         raise InvalidRequest("malformed HTTP head")
     headers, repeated = _merge_headers(lines[1:-2])
     method, target, minor = match.groups()
-    absolute = None if target.startswith("/") else _ABSOLUTE.match(target)
+    absolute = None if target.startswith("/") else re.match(_ABSOLUTE, target)
     if absolute is not None:  # its authority takes the place of Host (RFC 9112, 3.2.2)
         headers["host"], target = absolute["authority"], absolute["rest"] or "/"
     path, _, query_text = target.partition("?")
@@ -100,7 +100,7 @@ def parse_head(head: bytes) -> Head:
     )  # fmt: skip
 
 
-_ABSOLUTE = re.compile(r"https?://(?P<authority>[^/?]+)(?P<rest>.*)", re.IGNORECASE)
+_ABSOLUTE = r"(?i)https?://(?P<authority>[^/?]+)(?P<rest>.*)"
 
 
 def _is_chunked(headers: Mapping[str, str], is_http_1_0: bool) -> bool:
@@ -193,7 +193,7 @@ class ChunkedBody:
         return data[position:], False
 
     def _begin_chunk(self, line: bytes) -> None:
-        match = _CHUNK.fullmatch(line)
+        match = re.fullmatch(_CHUNK, line)
         if match is None:
             raise InvalidRequest("malformed chunk")
         size = int(match[1], 16)
@@ -216,7 +216,7 @@ class ChunkedBody:
 
 MAX_CHUNKS = 4096  # and trailers; as fragments of a message: tiny ones cost much time
 MAX_CHUNK_LINE_BYTES = 1024  # a size, extensions nobody uses, or a trailer
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", re.DOTALL)
+_CHUNK = rb"(?s)([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?"
 
 
 def body_too_large(limit: int) -> RequestError:

@@ -25,12 +25,12 @@ MAX_REPLAY_HEAD_BYTES = 400  # frame, event, namespace and offset around an enve
 Position = tuple[int, int]  # of an offset among others
 
 # 20 digits hold any 64 bit number, as both parts of a Redis id are; int() of more could be slow.
-_OFFSET = re.compile("([0-9]{1,20})-([0-9]{1,20})")
+_OFFSET = "([0-9]{1,20})-([0-9]{1,20})"
 
 
 def parse_offset(text: str) -> Position:
     """The position of an offset such as '1700000000000-0'. Raises ValueError if it is none."""
-    match = _OFFSET.fullmatch(text)
+    match = re.fullmatch(_OFFSET, text)
     if match is None:
         raise ValueError("an offset looks like 1700000000000-0")
     return int(match[1]), int(match[2])

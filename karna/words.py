@@ -99,10 +99,10 @@ def skip_blanks(line: str, at: int) -> int:
 
 def unquoted(text: str) -> str:
     """What a text that is one word in quotes says; any other as it is."""
-    return split_words(text)[0] if _QUOTED.fullmatch(text) else text
+    return split_words(text)[0] if re.fullmatch(_QUOTED, text) else text
 
 
-_QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
+_QUOTED = r"""(?s)'[^']*'|"(?:[^"\\]|\\.)*+\""""
 
 
 def _unescaped(text: str) -> str:
