@@ -571,7 +571,7 @@ def call_method(request: Request, method: str, params: dict[str, Any]) -> bytes 
 def bind_method(command: Command, params: dict[str, Any]) -> Call:
     """A call of an RPC method. Raises InvalidParams when the params don't fit."""
     try:
-        return Call(command, *command.bind((), params))
+        return Call(command, *command.bind([], params))
     except UsageError as error:
         raise InvalidParams(str(error), method=command.name) from None
 

@@ -115,7 +115,7 @@ class Steps:
             arguments = {**shown, "image": self._image}
         else:
             shown = arguments
-        bound, line = Call(command, *command.bind((), arguments)), line_of(command, shown)
+        bound, line = Call(command, *command.bind([], arguments)), line_of(command, shown)
         if command.confirm and len(line) > MAX_LINE_CHARS:
             raise UsageError(f"the arguments of {call.name} are too long for a person to agree to")
         return bound, line

@@ -337,15 +337,15 @@ class Command:
         is_known = name in self._options or (name in self._flags and label == words[0])
         return is_known and self._lacks_value(words[0]) == (len(words) == 2)
 
-    def bind(self, words: Sequence[str], params: Mapping[str, Any]) -> Bound:
+    def bind(self, words: list[str], params: Mapping[str, Any]) -> Bound:
         """Convert words and named parameters to the function's arguments; raises UsageError.
 
-        The Context is not among them: `run` puts it in.
+        The words are given away: they may become the arguments. The Context is not among these.
         """
         if not params:
             if words:
                 if self._only_words:
-                    return list(words), {}
+                    return words, {}
             elif self._bare is not None:
                 return self._bare[:], {}
         given: dict[str, Any] = {}

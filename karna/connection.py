@@ -163,7 +163,7 @@ class Connection(Sender):
             return self._take_other(data)
         self.is_queueing = True
         receive, answers, heads = self.door.receive, self._queue, SHORT_TEXT_HEADS
-        limit = self.hub.max_message_bytes
+        limit, has_parts = self.hub.max_message_bytes, self._parts is not None
         position, end, need, messages, others, until = 0, len(data), 0, 0, 0, 0.0
         while not self._holds:
             if end - position < 2:
@@ -182,8 +182,7 @@ class Connection(Sender):
                     break
                 body = position + 6 + size_bytes
                 stop = body + int.from_bytes(data[position + 2 : position + 2 + size_bytes], "big")
-            is_data = (first == 0x81 or first == 0x82) and self._parts is None
-            if is_data and stop - body <= limit:
+            if (first == 0x81 or first == 0x82) and stop - body <= limit and not has_parts:
                 if stop > end:
                     need = stop - position
                     break
@@ -205,6 +204,8 @@ class Connection(Sender):
                     size = len(answer)
                     if size < 126:
                         answers.append(heads[size] + answer)
+                    elif size <= FLUSH_BYTES:
+                        answers.append(frame_text(answer))
                     else:
                         self._send_long(answer)
             else:
@@ -220,7 +221,7 @@ class Connection(Sender):
                         self.wait_for_turn()
                         break
                 self._take_rare(data[position:stop])
-                position = stop
+                position, has_parts = stop, self._parts is not None
         self.hub.messages_in += messages
         if self.phase is not _OPEN:
             self._read_late(data[position:])
@@ -257,8 +258,7 @@ class Connection(Sender):
 
     def _send_long(self, answer: bytes) -> None:
         """Of long answers not all that a read asks for may wait."""
-        if len(answer) > FLUSH_BYTES:
-            self.allow(len(answer))
+        self.allow(len(answer))
         self.send_frame(frame_text(answer))
 
     def _is_doomed(self, first: int, size: int) -> bool:

@@ -439,7 +439,7 @@ def call_tool(mcp: Mcp, request: McpRequest) -> bytes | None:
 
 def bind_tool(command: Command, arguments: Mapping[str, Any]) -> Call:
     """A call of a tool. Raises UsageError."""
-    return Call(command, *command.bind((), arguments))
+    return Call(command, *command.bind([], arguments))
 
 
 def ask_consent(

@@ -1,4 +1,4 @@
-"""One epoll for all WebSockets, and fairness between them.
+"""One epoll for all sockets, and fairness between them.
 
 A turn of the loop serves everybody, so it belongs to nobody: whoever has more to do than one turn
 allows goes on when the others had theirs. Imports nothing of ours; `hub` owns the two objects,
@@ -80,7 +80,7 @@ class Readable(Protocol):
 
 
 class EpollReader:
-    """Reads all open WebSockets of a server in one callback of the loop.
+    """Reads all sockets of a server in one callback of the loop.
 
     The loop watches one epoll of ours in place of every socket: a read costs no Handle, no Context
     and none of asyncio's four calls. Answers leave when all that is ready has been read: peers

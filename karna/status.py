@@ -13,16 +13,18 @@ from karna.service import Service
 
 
 class Counting(Protocol):
-    """What runs inline commands: it counts them, and does not say so each time."""
+    """What runs commands: it counts them, and does not say so each time."""
 
     done: int
+    failed: int
+    running: int
 
 
 class StatusBoard:
     """What services say of themselves, kept until one of them changes.
 
-    makers: those `get_status` that change only when `touch` is called, or with `commands.done`. A
-    status that others make up may change at any time: it is never kept.
+    makers: those `get_status` that change only when `touch` is called, or with the counts of
+    `commands`. A status that others make up may change at any time: it is never kept.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class StatusBoard:
         self._is_stable = all(type(each).get_status in makers for each in services.values())
         self._json: bytes | None = None
         self._answer: bytes | None = None
-        self._done = -1  # the count of inline commands that both were made at
+        self._counts: object = None  # those that both were made at
 
     def touch(self) -> None:
         """A service answers differently now."""
@@ -48,17 +50,21 @@ class StatusBoard:
         """The status object: one entry for each service."""
         return {name: service.get_status() for name, service in self._services.items()}
 
+    def _counted(self) -> tuple[int, int, int]:
+        commands = self._commands
+        return commands.done, commands.failed, commands.running
+
     def encode(self) -> bytes:
         """The status object as JSON."""
-        if self._json is None or self._done != self._commands.done:
-            self._done = self._commands.done if self._is_stable else -1
+        if self._json is None or self._counts != self._counted():
+            self._counts = self._counted() if self._is_stable else None
             self._json = encode_json(self.status())
             self._answer = None  # made from the one before
         return self._json
 
     def encode_answer(self, offset: str, node: str | None) -> bytes:
         """The answer to `get_status` up to its id."""
-        if self._answer is None or self._done != self._commands.done:
+        if self._answer is None or self._counts != self._counted():
             answer = b'{"type":"status_update","data":%b,"offset":"%b"' % (
                 self.encode(), offset.encode()
             )  # fmt: skip

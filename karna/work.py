@@ -292,9 +292,11 @@ class Tasks:
         await self.end(*self._running)
 
 
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
 def _make_task(work: Coroutine[Any, Any, Value], name: str) -> asyncio.Task[Value]:
-    eager: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-    return asyncio.Task(work, loop=asyncio.get_running_loop(), name=name, **eager)
+    return asyncio.Task(work, loop=asyncio.get_running_loop(), name=name, **_EAGER)
 
 
 def _error_of(task: asyncio.Task[Any]) -> BaseException | None:

@@ -835,10 +835,10 @@ def test_input_schema_always_has_an_object_at_the_top() -> None:
 
 
 def test_whole_number_may_come_as_a_float() -> None:
-    bound = shapes().commands["move"].bind((), {"x": 3.0})
+    bound = shapes().commands["move"].bind([], {"x": 3.0})
     assert bound[0][0] == 3 and type(bound[0][0]) is int
     with pytest.raises(UsageError, match="whole number"):
-        shapes().commands["move"].bind((), {"x": 2.0**60})
+        shapes().commands["move"].bind([], {"x": 2.0**60})
 
 
 def values_of(schema: Any) -> Any:
@@ -873,7 +873,7 @@ def test_what_the_schema_admits_binds(data: Any) -> None:
     if schema["additionalProperties"] is not False:
         further = st.dictionaries(st.text("qrs", min_size=1, max_size=3), JSON_VALUES, max_size=2)
         given_ |= data.draw(further)
-    args, kwargs = command.bind((), given_)
+    args, kwargs = command.bind([], given_)
     command.function(*args, **kwargs)
 
 

@@ -136,7 +136,7 @@ def test_line_of_a_call_is_what_a_person_would_type(
     command = commands.commands[name]
     assert line_of(command, arguments) == line
     typed = commands.prepare(line)
-    assert (typed.args, typed.kwargs) == command.bind((), arguments)
+    assert (typed.args, typed.kwargs) == command.bind([], arguments)
 
 
 def test_line_of_a_call_hides_nothing() -> None:
