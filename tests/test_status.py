@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from karna.service import Service
 from karna.status import StatusBoard
 from services import CommandProcessor
@@ -20,16 +22,16 @@ class Counted(Service):
         return super().get_status()
 
 
-class Inline:
-    """Runs inline commands, and does not say so each time."""
+class Counts:
+    """Runs commands, and does not say so each time."""
 
-    done = 0
+    done = failed = running = 0
 
 
-def board_of(service: Service, *, is_stable: bool = True) -> tuple[StatusBoard, Inline]:
-    inline = Inline()
+def board_of(service: Service, *, is_stable: bool = True) -> tuple[StatusBoard, Counts]:
+    counts = Counts()
     makers = (type(service).get_status,) if is_stable else (Service.get_status,)
-    return StatusBoard({service.name: service}, inline, makers), inline
+    return StatusBoard({service.name: service}, counts, makers), counts
 
 
 def test_status_is_asked_of_services_once_until_one_of_them_changes() -> None:
@@ -61,17 +63,18 @@ def test_answer_has_the_offset_it_is_current_as_of() -> None:
     assert service.asked == 1, "the services have not changed for that"
 
 
-def test_inline_commands_count_without_a_word() -> None:
+@pytest.mark.parametrize("name", ["done", "failed", "running"])
+def test_commands_count_without_a_word(name: str) -> None:
     service = Counted("lamp")
-    board, inline = board_of(service)
+    board, counts = board_of(service)
     for ask in (board.encode, lambda: board.encode_answer("5-1", None)):
         before = service.asked
-        inline.done += 1
+        setattr(counts, name, getattr(counts, name) + 1)
         ask()
         ask()
         assert service.asked == before + 1
     # Whichever was asked first, the other is as new.
-    inline.done += 1
+    setattr(counts, name, getattr(counts, name) + 1)
     board.encode()
     answer = board.encode_answer("5-9", None)
     assert b"5-9" in answer and service.asked == 3
