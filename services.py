@@ -147,9 +147,7 @@ class CommandProcessor(Service):
         self.prepared.clear()
 
     def prepare(self, line: str, params: Mapping[str, Any] = NO_PARAMS) -> Call:
-        """Find the command of a line and bind its arguments; raises UnknownCommand, UsageError.
-
-        """
+        """Find the command of a line and bind its arguments; raises UnknownCommand, UsageError."""
         words = plain_words(line)
         if words is None:
             words = line.split(None, 1)[:1]
@@ -177,13 +175,15 @@ class CommandProcessor(Service):
         if command is None or words is None or not command.inline:
             return None
         del words[0]
-        try:
-            if command.takes_text:
-                words = command.split_text(line)
-            args, kwargs = command.bind(words, NO_PARAMS)
-        except UsageError:
-            return None
-        ready = command, args, kwargs
+        if words and command.takes_words:
+            ready: Ready = command, words, {}
+        else:
+            try:
+                if command.takes_text:
+                    words = command.split_text(line)
+                ready = command, *command.bind(words, NO_PARAMS)
+            except UsageError:
+                return None
         if line in self._asked:
             self._keep(line, ready)
         elif len(self._asked) < MAX_PREPARED:

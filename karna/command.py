@@ -214,7 +214,7 @@ class Command:
             raise TypeError(f"command {self.name}: a Text takes what is left, nothing can follow")
         # The commonest shapes take no tables: only words, nothing at all, a word each.
         any_words = self._repeated is not None and self._repeated.kind in (KINDS[str], ANY)
-        self._only_words = any_words and not self._words and not self._has_options
+        self.takes_words = any_words and not self._words and not self._has_options
         self._bare = None if self._required else self._arrange({})[0]
         is_plain = self._repeated is None and not self._has_options
         self._converters = [each.convert for each in self._words] if is_plain else []
@@ -344,7 +344,7 @@ class Command:
         """
         if not params:
             if words:
-                if self._only_words:
+                if self.takes_words:
                     return words, {}
             elif self._bare is not None:
                 return self._bare[:], {}
