@@ -318,7 +318,7 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
         if call.command.inline:
             return call_inline(request, call)
         prepare, args = functools.partial(_as_it_is, call), ()
-    return calls_of(client).submit(request, functools.partial(prepare, *args))
+    return calls_of(client).submit(request, prepare, args)
 
 
 def _as_it_is(call: Call) -> Call:
@@ -378,13 +378,16 @@ class Calls:
         self.parallel: deque[tuple[Request, Callable[[], Call]]] = deque()
         self.waits_for_turn = False
 
-    def submit(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
-        """Start the request, or let it wait. Raises what `prepare` raises."""
-        queue = self.serial if request.is_serial else self.parallel
-        must_wait = queue or (request.is_serial and self.serial_running is not None)
+    def submit(
+        self, request: Request, prepare: Callable[..., Call], args: tuple[Any, ...]
+    ) -> bytes | None:
+        """Start the request, or let it wait. Raises what `prepare(*args)` raises."""
+        is_serial = request.is_serial
+        queue = self.serial if is_serial else self.parallel
+        must_wait = queue or (is_serial and self.serial_running is not None)
         if not must_wait and not self._is_full:
-            return self._start(request, prepare)
-        queue.append((request, prepare))
+            return self._start(request, prepare(*args))
+        queue.append((request, functools.partial(prepare, *args)))
         self._count_waiting(1, request.size)
         return None
 
@@ -393,8 +396,7 @@ class Calls:
         limit: int = self.manager.config.max_running_commands
         return len(self.running) >= limit
 
-    def _start(self, request: Request, prepare: Callable[[], Call]) -> bytes | None:
-        call = prepare()
+    def _start(self, request: Request, call: Call) -> bytes | None:
         if call.command.inline:
             return call_inline(request, call)
         self._run(request, call)
@@ -438,7 +440,8 @@ class Calls:
     def _go_on(self) -> None:
         """Start what waits, as far as it may; others first when that takes long."""
         self.waits_for_turn = False
-        self._start_waiting()
+        if self.serial or self.parallel:
+            self._start_waiting()
         if self.waits_for_turn:
             self.manager.turns.wait(self._go_on)
         elif not self.running:  # nothing waits either: the shorter way is open again
@@ -466,7 +469,7 @@ class Calls:
                 break
             self._count_waiting(-1, -request.size)
             try:
-                answer = self._start(request, prepare)
+                answer = self._start(request, prepare())
             except FAULTS as exc:  # what waits behind it must go on
                 answer = request.refuse(exc)
             request.deliver(answer)

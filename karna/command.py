@@ -217,7 +217,7 @@ class Command:
         self.takes_words = any_words and not self._words and not self._has_options
         self._bare = None if self._required else self._arrange({})[0]
         is_plain = self._repeated is None and not self._has_options
-        self._converters = [each.convert for each in self._words] if is_plain else []
+        self._converters = [each.kind.convert for each in self._words] if is_plain else []
 
     def _read_context(self, declared: inspect.Parameter) -> None:
         if self.inline:
@@ -346,12 +346,15 @@ class Command:
             if words:
                 if self.takes_words:
                     return words, {}
+                if len(words) == len(self._converters):
+                    try:
+                        return list(map(_convert, self._converters, words)), {}
+                    except ValueError:
+                        pass  # which is told below
             elif self._bare is not None:
                 return self._bare[:], {}
         given: dict[str, Any] = {}
         try:
-            if words and not params and len(words) == len(self._converters):
-                return list(map(_convert, self._converters, words)), given
             rest = self._bind_options(words, given) if self._has_options else words
             self._bind_words(rest, given)
             self._bind_params(params, given)
@@ -435,6 +438,10 @@ class Command:
 _AWAITS = dis.opmap["SEND"]  # in the code of each await, `async for` and `async with`
 
 
+def _convert(convert: Callable[[Any], Any], word: str) -> Any:
+    return convert(word)
+
+
 def _never_waits(function: Any) -> bool:
     """Is it an `async def` in which nothing can wait? No task could do more for it."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -449,10 +456,6 @@ def _finish(function: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwa
         function(*args, **kwargs).send(None)
     except StopIteration as end:
         return end.value
-
-
-def _convert(convert: Callable[[Any], Any], word: str) -> Any:
-    return convert(word)
 
 
 def _describe_parameters(text: str) -> dict[str, str]:
