@@ -259,8 +259,9 @@ class WebSocketManager(EndpointHub):
         self.begin_history()
         self.max_message_bytes = config.max_message_bytes
         self.commands.timeout_s = config.command_timeout_s
-        # What the fast lane may run, unless a program decides about each line itself.
-        is_ours = _function_of(self.commands.prepare) is CommandProcessor.prepare
+        # What the fast lane may run, unless a program decides about each line or call itself.
+        ours = (CommandProcessor.prepare, CommandProcessor.call_inline, CommandProcessor.run_inline)
+        is_ours = all(_function_of(getattr(self.commands, one.__name__)) is one for one in ours)
         self.traces = trace.is_wanted()
         has_lane = is_ours and not self.traces
         self.prepared: dict[str, Ready] = self.commands.prepared if has_lane else {}

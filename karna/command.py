@@ -12,6 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from enum import Enum
 from typing import Any, NamedTuple, get_args
 
@@ -443,19 +444,21 @@ def _convert(convert: Callable[[Any], Any], word: str) -> Any:
 
 
 def _never_waits(function: Any) -> bool:
-    """Is it an `async def` in which nothing can wait? No task could do more for it."""
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None or not inspect.iscoroutinefunction(function):
+    """Is it an `async def` in which nothing can wait? A task could do no more for it."""
+    plain = getattr(function, "__func__", function)
+    if not inspect.isfunction(plain) or not plain.__code__.co_flags & inspect.CO_COROUTINE:
         return False
-    return _AWAITS not in code.co_code[::2]
+    code = plain.__code__
+    return _AWAITS not in code.co_code[::2] and "current_task" not in code.co_names
 
 
 def _finish(function: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any) -> Any:
-    """What a coroutine returns that never waits."""
+    """What a coroutine returns that never waits; in a context of its own, as in a task."""
     try:
-        function(*args, **kwargs).send(None)
+        copy_context().run(function(*args, **kwargs).send, None)
     except StopIteration as end:
         return end.value
+    raise RuntimeError("a coroutine without await has waited")
 
 
 def _describe_parameters(text: str) -> dict[str, str]:

@@ -68,11 +68,12 @@ def make_parser(version: str) -> argparse.ArgumentParser:
 
 def _columns() -> int:
     """How wide the help is: as the terminal, or as COLUMNS says."""
-    with suppress(KeyError, ValueError):
-        return int(os.environ["COLUMNS"]) - 2
+    columns = 0
     with suppress(AttributeError, OSError, ValueError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns - 2
-    return 98
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    with suppress(ValueError):
+        columns = int(os.environ.get("COLUMNS", columns))
+    return (columns if columns > 0 else 100) - 2
 
 
 def _meant(message: str, known: Iterable[str]) -> str:

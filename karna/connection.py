@@ -100,8 +100,9 @@ class Connection(Sender):
         self.transport = cast(asyncio.Transport, transport)
         if type(transport) is SocketTransport:
             self.fd = transport.fd
-            transport.resume_reading()
         self.hub.adopt(self)
+        if self.fd >= 0:
+            self.transport.resume_reading()
         if self.hub.traces:
             opened(self)
 
@@ -306,7 +307,7 @@ class Connection(Sender):
 
     def _take_rare(self, frame: bytes) -> None:
         """Take a control frame or a fragment."""
-        if frame[0] == 0x88 and self._parts is None:
+        if frame[0] == 0x88 and frame[1] < 254 and self._parts is None:
             payload = apply_mask(frame[6:], frame[2:6])
             if payload in _USUAL_CLOSES:
                 return self._echo_close(payload)

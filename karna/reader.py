@@ -111,9 +111,9 @@ class EpollReader:
         self._events |= select.EPOLLET
 
     def add(self, connection: Readable) -> None:
-        """Read this connection from now on."""
-        self._connections[connection.fd] = connection
+        """Read this connection from now on. Raises OSError where the system watches no more."""
         self._epoll.register(connection.fd, self._events)
+        self._connections[connection.fd] = connection
 
     def remove(self, connection: Readable) -> None:
         """Read it no more; what arrives stays in its socket."""

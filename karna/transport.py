@@ -81,8 +81,11 @@ class SocketTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         if not (self._is_reading or self._has_ended or self._is_closing):
+            try:
+                self._reader.add(self._peer)
+            except OSError:  # the system watches no more sockets (fs.epoll.max_user_watches)
+                return self.abort()
             self._is_reading = True
-            self._reader.add(self._peer)
 
     def end_reading(self) -> None:
         """The peer sends no more."""

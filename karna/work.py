@@ -162,24 +162,27 @@ class Limit:
     def begin(self, job: Job) -> None:
         """Its time runs from now on."""
         loop = asyncio.get_running_loop()
-        until = self._until[job] = loop.time() + self.timeout_s
+        until = loop.time() + self.timeout_s
         if self._loop is not loop:
             self._loop = loop
+            self._until.clear()  # those of a loop that is closed can't be ended any more
             loop.call_at(until, self._look, loop)
+        self._until[job] = until
 
     def end(self, job: Job) -> None:
         """It has ended, or is being ended."""
         self._until.pop(job, None)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._until:
-            job, until = next(iter(self._until.items()))
-            if until > loop.time():
-                loop.call_at(until, self._look, loop)
-                return
-            del self._until[job]
-            job.expire()
-        self._loop = None
+        try:
+            while self._until and (first := next(iter(self._until.items())))[1] <= loop.time():
+                del self._until[first[0]]
+                first[0].expire()
+        finally:  # whatever became of one, the others have their limit
+            if self._until:
+                loop.call_at(next(iter(self._until.values())), self._look, loop)
+            else:
+                self._loop = None
 
 
 class Tasks:

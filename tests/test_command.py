@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import enum
+import inspect
+import sys
 import contextlib
 import logging
 import shlex
@@ -12,6 +15,7 @@ import time
 import types
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal, Optional
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -269,6 +273,21 @@ def test_lines_of_inline_commands_are_kept_once_they_come_again() -> None:
     assert not commands.prepared
     ready = commands.prepare_inline("echo a")
     assert ready is not None and commands.run_inline(ready) == "mine"
+
+
+@pytest.mark.parametrize("name", ["call_inline", "run_inline"])
+async def test_override_of_how_inline_commands_run_sees_each_call(name: str) -> None:
+    seen: list[Any] = []
+
+    def see(commands: CommandProcessor, call: Any) -> Any:
+        seen.append(call)
+        return getattr(CommandProcessor, name)(commands, call)
+
+    strict = type("Strict", (CommandProcessor,), {name: see})
+    async with served(WebSocketManager(strict())) as server, Raw.open(server) as client:
+        for count in range(1, 5):
+            assert await client.run("echo hi") == "hi"
+            assert len(seen) == count
 
 
 async def test_prepare_that_is_overridden_decides_about_each_line() -> None:
@@ -1041,6 +1060,10 @@ async def has_context(context: Context) -> str:
     return "told nobody"
 
 
+async def wants_its_task() -> Any:
+    return asyncio.current_task()
+
+
 async def is_nested() -> Any:
     async def inner() -> None:
         await asyncio.sleep(0)
@@ -1051,11 +1074,28 @@ async def is_nested() -> Any:
 def test_coroutine_that_can_not_wait_needs_no_task() -> None:
     for function in (ready_at_once, is_nested):
         assert Command(function).inline, function
-    for function in (waits_at_times, waits_in_a_with, waits_in_a_loop, has_context):
-        assert not Command(function).inline, function
+    marked: list[Any] = [AsyncMock(return_value=3, __name__="mock", __doc__="")]
+    if sys.version_info >= (3, 12):
+        marked.append(inspect.markcoroutinefunction(lambda: waits_at_times(2)))
+    waiting: list[Any] = [waits_at_times, waits_in_a_with, waits_in_a_loop, has_context]
+    for function in (*waiting, wants_its_task, *marked):
+        assert not Command(function, name="waits").inline, function
     commands = processor(ready_at_once)
     ready = commands.prepare_inline("ready_at_once 5")
     assert ready is not None and commands.run_inline(ready) == 6
     with pytest.raises(CommandFailed, match="nothing"):
         commands.call_inline(commands.prepare("ready_at_once 0"))
     assert asyncio.run(commands.run(commands.prepare("ready_at_once"), Context())) == 2
+
+
+async def test_coroutine_that_can_not_wait_keeps_its_context_variables_to_itself() -> None:
+    user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+    async def log_in(name: str) -> str:
+        user.set(name)
+        return user.get()
+
+    commands = processor(log_in)
+    assert commands.commands["log_in"].inline
+    assert commands.call_inline(commands.prepare("log_in ann")) == "ann"
+    assert user.get() == "nobody"

@@ -103,6 +103,13 @@ def test_help_names_every_option_in_its_group() -> None:
     assert run_to_end("--version").stdout == f"karna_ws {karna_ws.__version__}\n"
 
 
+@pytest.mark.parametrize(("columns", "widest"), [("60", 58), ("0", 98), ("-5", 98), ("wide", 98)])
+def test_help_is_as_wide_as_columns_says(columns: str, widest: int) -> None:
+    shown = run_to_end("--help", environment={"COLUMNS": columns}).stdout.splitlines()
+    longest = max(len(line) for line in shown if not line.startswith("  --"))
+    assert widest - 20 < longest <= widest
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "part"),
     [

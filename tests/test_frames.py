@@ -192,6 +192,12 @@ async def test_close_frames_are_answered_with_their_own_code() -> None:
                     assert await peer.frames() == [(1, b"last"), (8, payload)]
 
 
+async def test_close_frame_of_a_longer_form_has_no_code_in_its_mask() -> None:
+    async with served(EchoManager()) as server, raw(server.port) as peer:
+        peer.writer.write(b"\x88\xfe\x00\x00" + b"\x00\x00\x03\xe8")
+        assert await peer.frames() == [(8, b"")]
+
+
 async def test_stream_that_ends_anywhere_leaves_nothing_behind() -> None:
     data = upgrade() + frame(1, b"a") + in_fragments(1, b"bcd", 3) + frame(1, b"x" * 300)
     async with served(EchoManager()) as server:

@@ -155,6 +155,20 @@ async def test_paused_transport_reads_nothing_until_it_goes_on(ends: Ends) -> No
     await until(lambda: ends.peer.told == [b"wait"])
 
 
+async def test_socket_that_the_system_does_not_watch_is_closed(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def register(self, fd: int, events: int) -> None:
+            raise OSError(errno.ENOSPC, "no more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ends.reader, "_epoll", Full())
+        ends.transport.resume_reading()
+    await until(lambda: ends.peer.told == ["lost"])
+    assert not ends.reader._connections
+
+
 @pytest.fixture
 def listening() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as made:

@@ -783,6 +783,43 @@ async def test_jobs_that_share_a_limit_expire_each_in_its_own_time() -> None:
     assert ended[-1] == ("again", True)
 
 
+def test_limit_forgets_jobs_of_a_loop_that_was_closed() -> None:
+    tasks = Tasks()
+
+    async def begin() -> None:
+        tasks.start(asyncio.Event().wait(), "left", 0.01)
+        await asyncio.sleep(0)
+
+    async def go_on() -> None:
+        for _ in range(2):
+            job = tasks.start(asyncio.Event().wait(), "late", 0.01)
+            await job.wait()
+            assert job.is_late
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    loop.close()
+    asyncio.run(go_on())
+
+
+async def test_limit_of_others_holds_whatever_becomes_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks, expire = Tasks(), Job.expire
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+
+    def failing(job: Job) -> None:
+        monkeypatch.setattr(Job, "expire", expire)
+        raise RuntimeError("once")
+
+    monkeypatch.setattr(Job, "expire", failing)
+    jobs = [tasks.start(asyncio.Event().wait(), "late", 0.01) for _ in range(2)]
+    await jobs[1].wait()
+    assert jobs[1].is_late and not jobs[0].is_over
+    jobs[0].cancel()
+    await until(lambda: jobs[0].is_over)
+
+
 def test_limit_goes_on_in_the_next_loop() -> None:
     tasks, late = Tasks(), []
 
