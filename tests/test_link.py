@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import logging
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -162,20 +164,31 @@ def test_pauses_grow_to_a_limit_with_jitter() -> None:
     assert limits[0] <= 1 and limits[-1] == 30  # what README promises
 
 
-async def test_client_that_was_away_gets_what_it_missed_in_order() -> None:
+@asynccontextmanager
+async def over_wire(**options: Any) -> AsyncIterator[tuple[WebSocketManager, Wire, Any]]:
+    """A manager that serves, a wire to cut, and a client at its other end."""
     manager = WebSocketManager()
     async with (
-        served(manager) as server,
+        served(manager, **options) as server,
         Wire(server.port) as wire,
         hurried(),
         join(wire.port) as client,
     ):
+        yield manager, wire, client
+
+
+async def cut(manager: WebSocketManager, wire: Wire, client: Any) -> None:
+    """Cut the wire; both ends have noticed."""
+    wire.cut()
+    await until(lambda: not manager.raw and not client.is_connected)
+
+
+async def test_client_that_was_away_gets_what_it_missed_in_order() -> None:
+    async with over_wire() as (manager, wire, client):
         stream = client.broadcasts()
         manager.broadcast("number", 0)
         assert await take(stream, 1) == [0]
-        wire.cut()
-        await until(lambda: not client.is_connected)
-        await until(lambda: not manager.raw)
+        await cut(manager, wire, client)
         for number in range(1, 6):
             manager.broadcast("number", number)
         wire.mend()
@@ -186,32 +199,18 @@ async def test_client_that_was_away_gets_what_it_missed_in_order() -> None:
 
 
 async def test_client_that_saw_no_broadcast_misses_none() -> None:
-    manager = WebSocketManager()
-    async with (
-        served(manager) as server,
-        Wire(server.port) as wire,
-        hurried(),
-        join(wire.port) as client,
-    ):
+    async with over_wire() as (manager, wire, client):
         stream = client.broadcasts()
-        wire.cut()
-        await until(lambda: not manager.raw and not client.is_connected)
+        await cut(manager, wire, client)
         manager.broadcast("number", 1)
         wire.mend()
         assert await take(stream, 1) == [1]
 
 
 async def test_client_that_missed_too_much_is_told_of_a_gap_once() -> None:
-    manager = WebSocketManager()
-    async with (
-        served(manager, history_messages=2) as server,
-        Wire(server.port) as wire,
-        hurried(),
-        join(wire.port) as client,
-    ):
+    async with over_wire(history_messages=2) as (manager, wire, client):
         stream = client.broadcasts()
-        wire.cut()
-        await until(lambda: not manager.raw and not client.is_connected)
+        await cut(manager, wire, client)
         for number in range(3):
             manager.broadcast("number", number)
         wire.mend()
@@ -219,8 +218,7 @@ async def test_client_that_missed_too_much_is_told_of_a_gap_once() -> None:
         assert (gap.type, gap.is_gap, gap.data["code"]) == ("gap", True, "history_gap")
         # It has learnt the new offset: the next reconnection is without a gap.
         await until(lambda: client.is_connected)
-        wire.cut()
-        await until(lambda: not manager.raw and not client.is_connected)
+        await cut(manager, wire, client)
         manager.broadcast("number", 3)
         wire.mend()
         assert await take(stream, 1) == [3]
