@@ -141,6 +141,8 @@ class Server:
         log.info("stopping: %s", count_of(manager.count_clients(), "client"))
         await self._finish_commands()
         self.listener.stop_accepting()
+        for _ in range(3):  # turns in which what has arrived already is read and answered
+            await asyncio.sleep(0)
         manager.flush_broadcasts()
         for connection in tuple(manager.connections):
             if not isinstance(connection, Connection):

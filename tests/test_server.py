@@ -222,6 +222,16 @@ async def test_shutdown_is_not_held_up_by_any_peer(monkeypatch: pytest.MonkeyPat
         assert await silent.at_end()
 
 
+async def test_request_that_has_arrived_at_the_end_is_still_answered() -> None:
+    manager = WebSocketManager()
+    async with serving(manager, port=0) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as peer:
+            await until(lambda: manager.connections)
+            peer.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await server.close()
+            assert peer.recv(4096).startswith(b"HTTP/1.1 503 "), "draining"
+
+
 async def test_shutdown_does_not_wait_for_who_has_asked_for_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
