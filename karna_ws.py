@@ -43,14 +43,15 @@ from websockets.frames import CloseCode
 
 from karna import trace
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
+from karna.builtins import notification
 from karna.calls import Client, Request, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
 from karna.door import Door
-from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.endpoints import EndpointHub, answer_execute, answer_health, answer_metrics
 from karna.endpoints import answer_notify, answer_rpc, answer_status, answer_ws
+from karna.envelopes import HISTORY_GAP, INTERNAL_ERROR, INVALID_JSON, encode_error, encode_json
 from karna.errors import FAULTS, InvalidParams, InvalidRequest, RequestError, StartError
 from karna.errors import Unavailable, UsageError, name_stray
 from karna.frames import PING_FRAME, frame_binary, frame_text
@@ -64,7 +65,6 @@ from karna.socketio import EventRequest, SocketIoClient, SocketIoSession
 from karna.socketio import check_engine_handshake, refuse_old_client
 from karna.status import StatusBoard
 from services import CommandProcessor, Function, LanguageService, Ready, VisionService
-from karna.builtins import notification
 
 if TYPE_CHECKING:
     from karna.backplane import RedisBackplane
