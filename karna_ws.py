@@ -741,9 +741,7 @@ LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore the
 
 
 @asynccontextmanager
-async def serving(
-    manager: WebSocketManager, **options: Unpack[Options]
-) -> AsyncIterator[Server]:
+async def serving(manager: WebSocketManager, **options: Unpack[Options]) -> AsyncIterator[Server]:
     """Serve while the block runs: `async with serving(manager, port=0) as server`.
 
     Options are those of Config. Raises StartError when the server can't start, ValueError or

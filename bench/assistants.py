@@ -281,9 +281,7 @@ class Done:
             self.future.set_exception(error)
 
 
-async def http_load(
-    port: int, clients: int, seconds: float, session: str | None = None
-) -> Rate:
+async def http_load(port: int, clients: int, seconds: float, session: str | None = None) -> Rate:
     """Calls by keep-alive connections, each with one in flight. Raises OSError."""
     loop, took, done = asyncio.get_running_loop(), [], Done(clients)
     began = time.perf_counter()

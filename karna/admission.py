@@ -99,9 +99,7 @@ class AdmissionHub(BroadcastHub):
             self.leaving -= 1
         self._decided(client, value, error)
 
-    def _decided(
-        self, client: Client, value: Any, error: RequestError | None
-    ) -> None:
+    def _decided(self, client: Client, value: Any, error: RequestError | None) -> None:
         client.connection.release(HOLD_CONNECT)
         if not client.is_present:
             return  # it has left meanwhile

@@ -21,7 +21,6 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-
 # Reasons not to read a client, as bits.
 HOLD_WRITES = 1  # it does not read: its answers pile up
 HOLD_CALLS = 2  # too many of its requests wait for running commands

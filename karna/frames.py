@@ -15,8 +15,6 @@ apply_mask = websockets.frames.apply_mask  # type: ignore[attr-defined]  # C, or
 SHORT_TEXT_HEADS = [bytes((0x81, size)) for size in range(126)]
 
 
-
-
 def frame_text(payload: bytes) -> bytes:
     """One unmasked, final WebSocket text frame (RFC 6455, 5.2)."""
     size = len(payload)

@@ -368,8 +368,7 @@ class Exchange(Door):
         return self.fail(RequestError(message, code="timeout", status=408))
 
     def _keep_alive(self, now: float) -> None:
-        """A comment shows that we live; a peer that takes nothing between two of them is dropped.
-        """
+        """Show by a comment that we live; who takes nothing between two of them is dropped."""
         connection = self.connection
         if connection.is_writable:
             connection.write(self._framed(b":\n\n"))
@@ -475,8 +474,7 @@ def upgrade_required() -> RequestError:
 
 
 def accept(head: Head) -> bytes:
-    """The answer to a WebSocket handshake (RFC 6455, 4.2). Raises RequestError for a malformed one.
-    """
+    """The answer to a WebSocket handshake (RFC 6455, 4.2). Raises RequestError."""
     headers = head.headers
     if head.method != "GET":
         raise InvalidRequest("use GET", status=405, headers={"Allow": "GET"})

@@ -150,9 +150,7 @@ class Hub:
         """Log a bug of ours, or of a program's code, with its traceback."""
         self.log_gate.error(what, exc)
 
-    def log_loop_error(
-        self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
-    ) -> None:
+    def log_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """What asyncio could tell nobody else, such as no descriptors left to accept with."""
         exc = context.get("exception")
         kind = f"loop, {type(exc).__name__}"

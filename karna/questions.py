@@ -37,9 +37,7 @@ class Questions:
         """Of a question; or of an ack that nobody waits for."""
         return next(self._numbers)
 
-    async def ask(
-        self, client: Asked, event: str, args: tuple[Any, ...], timeout_s: float
-    ) -> Any:
+    async def ask(self, client: Asked, event: str, args: tuple[Any, ...], timeout_s: float) -> Any:
         """Send a question and wait for its answer; errors are those of `Client.call`."""
         if len(self._waiting) >= MAX_QUESTIONS:
             raise CommandFailed(f"client {client.id} has {MAX_QUESTIONS} questions to answer")

@@ -51,7 +51,6 @@ class Turns:
         finally:
             self._schedule()
 
-
     async def breathe(self) -> None:
         """For what a program may await in a loop: let the loop turn when it is time."""
         if perf_counter() > self._breathe_at:

@@ -139,8 +139,7 @@ class Sender(asyncio.Protocol):
             await asyncio.shield(self._drained)
 
     async def written_within(self, seconds: float) -> bool:
-        """`written`; whether it still can be written to. Who takes nothing for so long is dropped.
-        """
+        """`written`; can it still be written to? Who takes nothing for so long is dropped."""
         try:
             async with asyncio.timeout(seconds):
                 await self.written()

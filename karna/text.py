@@ -27,9 +27,9 @@ def one_line(text: str, limit: int = 200) -> str:
 def printable(text: str, limit: int = 1000) -> str:
     """`text` with what a terminal would act on made visible; the rest as it is."""
     cut = text[:limit]
-    return cut if cut.isprintable() else "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut
-    )
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def count_of(number: int, what: str) -> str:

@@ -35,8 +35,10 @@ def make_tls_context(config: Config) -> ssl.SSLContext:
     certfile = cast(str, config.certfile)
     keyfile = config.keyfile or certfile
     _look_into(certfile, "--certfile", b"CERTIFICATE", "certificate")
-    _look_into(keyfile, "--keyfile" if config.keyfile else "--certfile", b"PRIVATE KEY",
-               "private key" if config.keyfile else "private key: name its file with --keyfile")
+    flag, what = "--keyfile", "private key"
+    if not config.keyfile:
+        flag, what = "--certfile", "private key: name its file with --keyfile"
+    _look_into(keyfile, flag, b"PRIVATE KEY", what)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certfile, keyfile, _passphrase)

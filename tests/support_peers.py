@@ -85,7 +85,11 @@ class Peer:
         assert version == "HTTP/1.1"
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         assert len(headers) == len(lines)
-        size = 0 if to_head or status in ("100", "101", "102") else int(headers.get("content-length", 0))
+        size = (
+            0
+            if to_head or status in ("100", "101", "102")
+            else int(headers.get("content-length", 0))
+        )
         return Answer(int(status), headers, await self.reader.readexactly(size))
 
     async def frame(self) -> Received:

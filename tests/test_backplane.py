@@ -348,7 +348,9 @@ async def failing_start(*flags: str, without: str = "_") -> tuple[int | None, st
     return process.returncode, output.decode()
 
 
-@pytest.mark.parametrize("offset", ["", "x", "5", "5-", "-5", "5-5-5", "9" * 30 + "-0", "%00", "5e1-0"])
+@pytest.mark.parametrize(
+    "offset", ["", "x", "5", "5-", "-5", "5-5-5", "9" * 30 + "-0", "%00", "5e1-0"]
+)
 async def test_offset_that_is_no_stream_id_is_a_gap_at_once(
     redis: RedisServer, offset: str
 ) -> None:

@@ -774,7 +774,9 @@ def test_enum_is_told_as_the_choices_that_it_is() -> None:
 
 
 def test_command_from_a_text_is_told_where_its_name_goes() -> None:
-    with pytest.raises(TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"):
+    with pytest.raises(
+        TypeError, match="not from 'lights-on'; its name goes into name='lights-on'"
+    ):
         CommandProcessor().command("lights-on")  # type: ignore[call-overload]
 
 

@@ -73,7 +73,9 @@ def test_unknown_option_is_told_which_one_is_meant(given: str, meant: str) -> No
 
 
 def test_unknown_option_that_is_near_to_none_is_told_all() -> None:
-    with pytest.raises(TypeError, match="^there is no option 'colour'; there are host, port, unix,"):
+    with pytest.raises(
+        TypeError, match="^there is no option 'colour'; there are host, port, unix,"
+    ):
         make_config({"colour": 1})
 
 
@@ -138,7 +140,14 @@ async def main(client: Client) -> None:
 def test_options_and_decorated_functions_are_known_to_mypy(tmp_path: Path) -> None:
     needs("mypy")
     (tmp_path / "typed.py").write_text(TYPED)
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--no-error-summary",
+        "--hide-error-context",
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "typed.py")], cwd=ROOT, env={**ENVIRONMENT, "MYPYPATH": str(ROOT)},
         capture_output=True, text=True, timeout=DEADLINE_S, check=False,

@@ -10,7 +10,9 @@ from support_property import PROPERTY, given, st
 
 @PROPERTY
 @given(st.binary(max_size=20), st.binary(max_size=20), st.text(max_size=90))
-def test_only_our_own_state_of_the_same_call_is_ours(call: bytes, other: bytes, forged: str) -> None:
+def test_only_our_own_state_of_the_same_call_is_ours(
+    call: bytes, other: bytes, forged: str
+) -> None:
     consents = Consents()
     state = consents.begin(call)
     assert consents.is_ours(state, call)

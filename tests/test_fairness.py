@@ -399,7 +399,10 @@ async def test_error_that_can_not_be_told_is_answered(inline: bool) -> None:
     manager.commands.command(inline=inline)(fail)
     manager.method("fail", inline=inline)(fail)
     async with served(manager) as server, Raw.open(server) as client:
-        for answer in (await client.ask("execute_command", command="fail"), await client.ask("fail")):
+        for answer in (
+            await client.ask("execute_command", command="fail"),
+            await client.ask("fail"),
+        ):
             assert answer["data"]["code"] == "command_failed"
             assert answer["data"]["message"] == "Unspeakable"
         assert await client.run("echo on") == "on"
@@ -440,7 +443,10 @@ async def test_log_names_the_address_that_a_trusted_proxy_tells(
 ) -> None:
     async def refused(**options: Any) -> str:
         caplog.clear()
-        headers = {"Origin": "https://a.example", "X-Forwarded-For": "6.6.6.6, 192.0.2.7, 127.0.0.1"}
+        headers = {
+            "Origin": "https://a.example",
+            "X-Forwarded-For": "6.6.6.6, 192.0.2.7, 127.0.0.1",
+        }
         async with served(**options) as server:
             assert (await ask(server.port, head("GET", "/", headers))).status == 403
         return next(line for line in caplog.text.splitlines() if "refused" in line)
@@ -451,7 +457,10 @@ async def test_log_names_the_address_that_a_trusted_proxy_tells(
 
 
 async def test_two_servers_of_one_loop_serve_side_by_side() -> None:
-    async with serving(WebSocketManager(), port=0) as one, serving(WebSocketManager(), port=0) as two:
+    async with (
+        serving(WebSocketManager(), port=0) as one,
+        serving(WebSocketManager(), port=0) as two,
+    ):
         for server in (one, two):
             assert (await http(server, "GET", "/health"))[0] == 200
 

@@ -170,7 +170,9 @@ async def test_client_that_answers_an_error_or_late_or_leaves_fails_the_question
                 "command_failed", "the client answered: no way"
             )  # fmt: skip
             await client.send(execute("consent burn", id=2))
-            assert "no answer to 'confirm' within 0.1 s" in (await client.final(2))["data"]["message"]
+            assert (
+                "no answer to 'confirm' within 0.1 s" in (await client.final(2))["data"]["message"]
+            )
         await until(lambda: failed)
     assert "has left" in failed[0]
 
@@ -232,7 +234,9 @@ async def test_client_in_python_answers_a_question() -> None:
 
 async def test_http_client_can_not_be_asked() -> None:
     async with served(asking()) as server:
-        status, answer = await http(server, "POST", "/api/execute_command", execute("consent x")["params"])
+        status, answer = await http(
+            server, "POST", "/api/execute_command", execute("consent x")["params"]
+        )
         assert status == 500 and "can't be asked" in answer["data"]["message"]
 
 

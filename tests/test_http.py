@@ -175,7 +175,7 @@ CHUNKED: Headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
 
 
 async def test_chunked_body_is_taken_in_any_pieces_and_the_connection_goes_on() -> None:
-    body = b"9;x=y\r\n{\"command\r\n8 \r\n\":\"echo \r\n4\r\nhi\"}\r\n0\r\nTrailer: t\r\n\r\n"
+    body = b'9;x=y\r\n{"command\r\n8 \r\n":"echo \r\n4\r\nhi"}\r\n0\r\nTrailer: t\r\n\r\n'
     whole = post("/api/execute_command", b"", {**CHUNKED, "Connection": "keep-alive"}) + body
     async with served() as server, dial(server.port) as peer:
         for cut in range(len(whole) - len(body), len(whole)):
@@ -593,7 +593,9 @@ async def test_half_close_keeps_the_answers_of_slow_and_pipelined_requests() -> 
         await until(lambda: not manager.connections)
 
 
-@pytest.mark.parametrize("rest", [b"", b"GET", head("GET", "/health")[:-2], post("/rpc", b"{}")[:-1]])
+@pytest.mark.parametrize(
+    "rest", [b"", b"GET", head("GET", "/health")[:-2], post("/rpc", b"{}")[:-1]]
+)
 async def test_request_that_ends_in_the_middle_closes_at_once(rest: bytes) -> None:
     manager = WebSocketManager()
     async with served(manager, open_timeout_s=1000.0, close_timeout_s=1000.0) as server:
@@ -646,9 +648,7 @@ async def test_reset_cancels_the_command_at_once() -> None:
         await peer.send(post("/api/execute_command", {"command": "gate reset"}, KEPT))
         await until(lambda: gate.begun)
         linger = struct.pack("ii", 1, 0)
-        peer.writer.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, linger
-        )
+        peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         peer.writer.transport.abort()
         await until(lambda: gate.cancelled == ["reset"])
 

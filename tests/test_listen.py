@@ -132,7 +132,10 @@ def test_bad_certificate_file_is_named_in_words(
         ("cert.pem", "none.pem"): "can't read --keyfile none.pem: No such file or directory",
         ("other", None): "can't read --certfile other: Is a directory",
         ("text.pem", None): "--certfile text.pem is no PEM file (its text begins with -----BEGIN)",
-        ("cert.pem", None): "--certfile cert.pem holds no private key: name its file with --keyfile",
+        (
+            "cert.pem",
+            None,
+        ): "--certfile cert.pem holds no private key: name its file with --keyfile",
         ("key.pem", "cert.pem"): "--certfile key.pem holds no certificate",
         ("cert.pem", "cert.pem"): "--keyfile cert.pem holds no private key",
         ("cut.pem", "key.pem"): "can't use the TLS certificate cut.pem: it, or its key, is damaged",

@@ -263,11 +263,18 @@ async def test_errors_of_the_programs_own_code_are_logged_with_their_traceback(
             await client.ask("ask", how="bug")
             await socket.send('42["poke","bug"]', '421["poke","no"]')
             await socket.packet("431")
-            assert bugs() == ["method ask failed: IndexError", "handler of 'poke' failed: IndexError"]
+            assert bugs() == [
+                "method ask failed: IndexError",
+                "handler of 'poke' failed: IndexError",
+            ]
             await socket.send('422["add",1]')
             await socket.packet("432")
-            assert [line.partition(" |")[0] for line in bugs()] == ["handler of 'add' failed: TypeError"]
-            assert (await http(server, "POST", "/api/execute_command", {"command": "on_loop bug"}))[0] == 500
+            assert [line.partition(" |")[0] for line in bugs()] == [
+                "handler of 'add' failed: TypeError"
+            ]
+            assert (await http(server, "POST", "/api/execute_command", {"command": "on_loop bug"}))[
+                0
+            ] == 500
             assert bugs() == [], "it was shown"
         await until(lambda: not server.manager.count_clients())
         await until(lambda: not server.manager.commands.tasks.running)

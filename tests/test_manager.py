@@ -70,7 +70,9 @@ async def test_connect_handlers_of_a_client_that_joins_and_leaves_do_not_pile_up
         await client.send("41/ws,", "40/ws,")
         (connection,) = manager.connections
         await until(lambda: connection._holds & HOLD_CONNECT)
-        assert len(manager.commands.tasks.running) == 1, "it is not read until the first handler has decided"
+        assert len(manager.commands.tasks.running) == 1, (
+            "it is not read until the first handler has decided"
+        )
         deciding.set()
         assert "sid" in await client.packet("40/ws,")
         assert (started, connection._holds) == (2, 0)
@@ -983,7 +985,11 @@ def test_decorator_refuses_a_name_that_is_taken() -> None:
 @pytest.mark.parametrize(
     ("event", "handler", "wanted"),
     [
-        ("connect", lambda client: None, "a handler of 'connect' takes (client, auth), not (client)"),
+        (
+            "connect",
+            lambda client: None,
+            "a handler of 'connect' takes (client, auth), not (client)",
+        ),
         ("connect", lambda: None, "(client, auth)"),
         ("disconnect", lambda client, auth, reason: None, "takes (client, reason), not"),
         ("poke", lambda: None, "a handler of 'poke' takes (client, *args), not ()"),
@@ -1007,7 +1013,10 @@ def test_handler_whose_arguments_are_unknown_is_taken() -> None:
 
 STRAY: list[tuple[dict[str, Any], str]] = [
     ({"method": "execute_command", "command": "echo hi"}, '"command" stands outside "params"'),
-    ({"method": "double", "number": 2}, 'NUMBER is missing; usage: double NUMBER; "number" stands outside "params"'),
+    (
+        {"method": "double", "number": 2},
+        'NUMBER is missing; usage: double NUMBER; "number" stands outside "params"',
+    ),
     ({"jsonrpc": "2.0", "method": "double", "number": 2}, '"number" stands outside "params"'),
     ({"method": "cancel", "id": 5}, '"id" in "params" must be the id of a running command'),
 ]

@@ -519,7 +519,10 @@ async def test_streams_that_nobody_reads_are_bounded_and_dropped() -> None:
 
 async def test_reports_that_do_not_wait_pass_the_limit_once() -> None:
     manager, _ = tool_manager()
-    async with served(manager, max_unsent_bytes=64 * 1024) as server, lazy_peer(server.port) as peer:
+    async with (
+        served(manager, max_unsent_bytes=64 * 1024) as server,
+        lazy_peer(server.port) as peer,
+    ):
         await peer.send(posted(call("burst", {"count": 9_000, "size": 1_000}, progressToken=1)))
         await until(lambda: manager.metrics.drops["slow"] == 1)
         await until(lambda: not manager.connections and not manager.commands.tasks.running)

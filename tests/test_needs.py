@@ -31,7 +31,9 @@ def test_old_python_reads_what_tells_it_so() -> None:
         ast.parse(path.read_text(), feature_version=(3, 8))
     body = ast.parse(SERVER_FILE.read_text()).body
     imports = [each for each in body if isinstance(each, ast.Import | ast.ImportFrom)]
-    first = next(each for each in imports if ast.unparse(each) != "from __future__ import annotations")
+    first = next(
+        each for each in imports if ast.unparse(each) != "from __future__ import annotations"
+    )
     assert ast.unparse(first) == "import karna.needs", "what others import may be too new"
 
 
@@ -53,4 +55,6 @@ def test_missing_package_is_told_with_the_command_that_installs_it() -> None:
 @pytest.mark.parametrize("name", ["orjson", "websockets"])
 def test_each_package_is_looked_for(name: str) -> None:
     done = run("-c", f"import sys; sys.modules[{name!r}] = None; import karna_ws")
-    assert done.stderr.rstrip().endswith("-m pip install -r requirements.txt`") and name in done.stderr
+    assert (
+        done.stderr.rstrip().endswith("-m pip install -r requirements.txt`") and name in done.stderr
+    )

@@ -241,8 +241,6 @@ def test_packet_survives_encoding_and_decoding(
     except ValueError as error:
         assert "10 attachments at most" in str(error)
         return
-    if b"_placeholder" in text.replace(
-        b'{"_placeholder":true', b""
-    ):
+    if b"_placeholder" in text.replace(b'{"_placeholder":true', b""):
         return
     assert decode_whole(text, attachments)[1:4] == packet[1:4]

@@ -142,7 +142,11 @@ def test_mistake_of_a_file_says_where_it_is_in_one_line(
     ("name", "text", "complaint"),
     [
         ("nowhere.py", None, "can't read the program {}: No such file or directory"),
-        ("lights.py", b"x = '\xff'", "{}, line 1: SyntaxError: (unicode error) 'utf-8' codec can't decode"),
+        (
+            "lights.py",
+            b"x = '\xff'",
+            "{}, line 1: SyntaxError: (unicode error) 'utf-8' codec can't decode",
+        ),
         ("lights.py", b"\0", "{}: SyntaxError: source code string cannot contain null bytes"),
         ("lights.py", b"raise KeyError", "{}, line 1: KeyError\n"),
     ],

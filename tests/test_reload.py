@@ -170,12 +170,17 @@ async def test_first_start_with_a_mistake_is_waited_out_too(tmp_path: Path) -> N
     edited = Edited(tmp_path)
     edited.write_helper("HELP = nothing")
     async with process(
-        str(edited.file), "--reload", port=None, script=("-c", SCALED),
+        str(edited.file),
+        "--reload",
+        port=None,
+        script=("-c", SCALED),
         environment={"KARNA_PORT": "0"},
     ) as edited.karna:
         await edited.logs("waiting for a change")
         edited.write_helper('HELP = "b"')
-        await edited.logs("console ")  # the text of the first start comes with the first that serves
+        await edited.logs(
+            "console "
+        )  # the text of the first start comes with the first that serves
         edited.karna.stop(signal.SIGINT)
         assert await edited.karna.ended() == 0
 
@@ -218,7 +223,9 @@ async def test_server_that_ends_by_itself_is_waited_for(tmp_path: Path) -> None:
     async with reloading(tmp_path) as edited:
         await edited.until_told("first", "a")
         leaving = asyncio.create_task(ask(edited.karna.port, execute("leave 3")))
-        await edited.logs("the server has ended with exit code 3; waiting for a change of its files")
+        await edited.logs(
+            "the server has ended with exit code 3; waiting for a change of its files"
+        )
         edited.write("second")
         await edited.until_told("second", "a")
         await asyncio.wait([leaving])
@@ -300,7 +307,10 @@ async def test_variable_turns_it_on_and_programs_of_the_child_know_nothing_of_it
 ) -> None:
     edited = Edited(tmp_path)
     async with process(
-        str(edited.file), "--allow-program", "env", script=("-c", SCALED),
+        str(edited.file),
+        "--allow-program",
+        "env",
+        script=("-c", SCALED),
         environment={"KARNA_RELOAD": "1"},
     ) as edited.karna:
         await edited.until_told("first", "a")
@@ -315,7 +325,10 @@ async def test_variable_turns_it_on_and_programs_of_the_child_know_nothing_of_it
     ("flags", "said"),
     [
         ((), "--reload needs a program: karna_ws.py PROGRAM.py --reload"),
-        (("/nowhere/lights.py",), "can't read the program /nowhere/lights.py: No such file or directory"),
+        (
+            ("/nowhere/lights.py",),
+            "can't read the program /nowhere/lights.py: No such file or directory",
+        ),
         (("{file}", "--host", "0.0.0.0"), "--insecure-no-token"),
         (("{file}", "--port", "{taken}"), "is in use; choose another with --port"),
         (("{file}", "--unix", "/nowhere/karna.sock"), "can't listen on /nowhere/karna.sock"),
@@ -353,7 +366,10 @@ def test_parent_binds_what_its_config_says(host: str) -> None:
 def test_parent_binds_the_ipv4_address_of_a_name_that_has_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    found = [
+        (socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0)),
+    ]
     monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: found)
     with contextlib.closing(bind_socket(Config(host="localhost", port=0))) as bound:
         assert bound.getsockname()[0] == "127.0.0.1"
@@ -443,6 +459,10 @@ def test_watch_survives_links_in_circles_and_folders_it_may_not_read(
 def test_server_that_is_no_child_has_no_parent() -> None:
     code = "import karna.reload; print(karna.reload.find_parent())"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, cwd=SERVER_FILE.parent
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        cwd=SERVER_FILE.parent,
     )
     assert done.stdout == "None\n"

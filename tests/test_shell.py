@@ -18,7 +18,15 @@ from typing import Any
 import pytest
 
 import karna.client.__main__ as shell
-from karna.client.__main__ import ProgressDisplay, bar, json_line, main, parse_arguments, percent_of, run
+from karna.client.__main__ import (
+    ProgressDisplay,
+    bar,
+    json_line,
+    main,
+    parse_arguments,
+    percent_of,
+    run,
+)
 from karna_ws import WebSocketManager
 from support import Gate, failing_manager, served, until
 from support_clients import Wire

@@ -70,7 +70,9 @@ async def test_debug_shows_each_request_and_its_answer(caplog: pytest.LogCapture
         ("x" * 60, "unknown_method"), ("without a method", "invalid_request"),
         ("get_status", "ok"), ("look", "ok"),
     ]  # fmt: skip
-    requests = [f"c1 {way}" for name, code in names for way in (f"> {name}", f"< {name}: {code}, TIME")]
+    requests = [
+        f"c1 {way}" for name, code in names for way in (f"> {name}", f"< {name}: {code}, TIME")
+    ]
     assert shown == ["c1 127.0.0.1 connected", *requests, "c1 closed"]
     assert SECRET not in caplog.text
 
@@ -95,7 +97,9 @@ async def test_debug_shows_http_and_who_was_refused(caplog: pytest.LogCaptureFix
     assert SECRET not in caplog.text
 
 
-async def test_debug_shows_events_and_requests_of_socket_io(caplog: pytest.LogCaptureFixture) -> None:
+async def test_debug_shows_events_and_requests_of_socket_io(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.DEBUG, "karna_ws")
     async with served(program()) as server, Sio.open(server, join="/") as socket:
         lines(caplog)
@@ -145,7 +149,11 @@ async def test_nothing_is_made_for_a_level_that_is_off(
     for room, name in (("calls", "answered"), ("http", "responded"), ("connection", "opened"),
                        ("connection", "closed")):  # fmt: skip
         monkeypatch.setattr(f"karna.{room}.{name}", fail)
-    async with served(program()) as server, Raw.open(server) as client, Sio.open(server, join="/") as socket:
+    async with (
+        served(program()) as server,
+        Raw.open(server) as client,
+        Sio.open(server, join="/") as socket,
+    ):
         assert await client.run("echo hello") == "hello" and await client.run("slow 1") == "1"
         assert (await http(server, "GET", "/health"))[0] == 200
         await socket.send('421["poke",1]')

@@ -39,7 +39,9 @@ async def try_behind_proxy(port: int, wire: Wire | None = None) -> None:
     for _ in range(20):
         with await asyncio.to_thread(urlopen, post, timeout=DEADLINE_S) as response:
             assert json.load(response)["data"]["result"] == "through"
-    assert wire is None or wire.connections_made <= 2, "the proxy keeps its connections to the server"
+    assert wire is None or wire.connections_made <= 2, (
+        "the proxy keeps its connections to the server"
+    )
     page = Request(f"http://127.0.0.1:{port}/", headers={"Host": name})
     with await asyncio.to_thread(urlopen, page, timeout=DEADLINE_S) as response:
         assert b"Karna WS" in response.read()
