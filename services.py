@@ -175,7 +175,7 @@ class CommandProcessor(Service):
         if command is None or words is None or not command.inline:
             return None
         del words[0]
-        if words and command.takes_words:
+        if words and command.takes_words:  # as `bind` would say: a seventh of all this
             ready: Ready = command, words, {}
         else:
             try:

@@ -310,18 +310,11 @@ class Exchange(Door):
     ) -> bytes:
         if status == 200 and size is not None and not headers and self.origin is None:
             return _usual_head(content_type, self.is_last) % size
-        fields = {"Cache-Control": "no-store", "Vary": "Origin"}
-        if self.is_last:
-            fields["Connection"] = "close"
-        if status != 204:  # which has no body to describe (RFC 9110, 8.6)
-            fields |= {} if size is None else {"Content-Length": str(size)}
-            fields |= {"Content-Type": content_type, "X-Content-Type-Options": "nosniff"}
-        fields |= headers
+        more = dict(headers)
         if self.origin is not None:
-            fields["Access-Control-Allow-Origin"] = self.origin
-        text = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-        text += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        return f"{text}\r\n".encode("latin-1")
+            more["Access-Control-Allow-Origin"] = self.origin
+        length = None if size is None else str(size)
+        return _encode_head(status, length, content_type, self.is_last, more)
 
     def _preflight(self, allow: str) -> Handler:
         """A CORS preflight; its Origin has been checked."""
@@ -401,11 +394,23 @@ class Exchange(Door):
 
 @functools.lru_cache
 def _usual_head(content_type: str, is_last: bool) -> bytes:
-    """What `_encode_head` makes most often, but for the length."""
-    return (
-        b"HTTP/1.1 200 OK\r\nCache-Control: no-store\r\nVary: Origin\r\n%b"
-        b"Content-Length: %%d\r\nContent-Type: %b\r\nX-Content-Type-Options: nosniff\r\n\r\n"
-    ) % (b"Connection: close\r\n" if is_last else b"", content_type.encode())
+    """The head that most answers have, but for its length."""
+    return _encode_head(200, "%d", content_type, is_last, {})
+
+
+def _encode_head(
+    status: int, length: str | None, content_type: str, is_last: bool, more: Mapping[str, str]
+) -> bytes:
+    fields = {"Cache-Control": "no-store", "Vary": "Origin"}
+    if is_last:
+        fields["Connection"] = "close"
+    if status != 204:  # which has no body to describe (RFC 9110, 8.6)
+        fields |= {} if length is None else {"Content-Length": length}
+        fields |= {"Content-Type": content_type, "X-Content-Type-Options": "nosniff"}
+    fields |= more
+    text = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    text += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"{text}\r\n".encode("latin-1")
 
 
 def _event(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from karna.reader import EpollReader, Readable
 
+BACKLOG = 512  # connections the kernel completes while we are busy
 ACCEPTS = 32  # sockets in a turn, some 20 microseconds each
 ACCEPT_RETRY_S = 1.0  # after a failure, such as no descriptors left
 
@@ -68,9 +69,8 @@ class SocketTransport(asyncio.Transport):
         self._is_lost = False  # and what is kept will not be written, either
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """The `peername`, the `socket` or its `fd`."""
-        known = {"peername": self._peername, "socket": self._socket, "fd": self.fd}
-        return known.get(name, default)
+        """The `peername` or the `socket`."""
+        return {"peername": self._peername, "socket": self._socket}.get(name, default)
 
     # Reading.
 
@@ -219,6 +219,3 @@ class Acceptor:
             self._retry.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
-
-
-BACKLOG = 512  # connections the kernel completes while we are busy
