@@ -260,7 +260,7 @@ class WebSocketManager(EndpointHub):
         self.max_message_bytes = config.max_message_bytes
         self.commands.timeout_s = config.command_timeout_s
         # What the fast lane may run, unless a program decides about each line or call itself.
-        ours = (CommandProcessor.prepare, CommandProcessor.call_inline, CommandProcessor.run_inline)
+        ours = (CommandProcessor.prepare, CommandProcessor.call_inline)
         is_ours = all(_function_of(getattr(self.commands, one.__name__)) is one for one in ours)
         self.traces = trace.is_wanted()
         has_lane = is_ours and not self.traces

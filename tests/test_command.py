@@ -263,7 +263,9 @@ def test_command_without_options_takes_dashes_as_they_are() -> None:
 
 def test_lines_of_inline_commands_are_kept_once_they_come_again() -> None:
     commands = CommandProcessor()
-    first, second = commands.prepare_inline("echo a"), commands.prepare_inline("echo a")
+    first = commands.prepare_inline("echo a")
+    assert not commands.prepared
+    second = commands.prepare_inline("echo a")
     assert first == second and first is not None and first[1:] == (["a"], {})
     assert commands.prepared == {"echo a": second}
     for line in ("countdown 1", "nobody", "", "echo 'a'", "echo a\\ b", "echo\ta", "help a b"):

@@ -192,6 +192,14 @@ async def test_close_frames_are_answered_with_their_own_code() -> None:
                     assert await peer.frames() == [(1, b"last"), (8, payload)]
 
 
+async def test_nothing_follows_our_close_whatever_arrives_behind_the_peers() -> None:
+    async with served(EchoManager()) as server:
+        for payload in (*GOOD_CLOSES, b""):
+            async with raw(server.port) as peer:
+                await feed(peer, [frame(8, payload) + frame(9, b"late"), frame(9, b"later")])
+                assert await peer.frames() == [(8, payload)]
+
+
 async def test_close_frame_of_a_longer_form_has_no_code_in_its_mask() -> None:
     async with served(EchoManager()) as server, raw(server.port) as peer:
         peer.writer.write(b"\x88\xfe\x00\x00" + b"\x00\x00\x03\xe8")

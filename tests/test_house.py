@@ -219,7 +219,10 @@ assert "importlib.metadata" not in sys.modules
 import importlib.metadata
 print(importlib.metadata.version("websockets"))
 from karna.needs import Later
-assert Later("colorsys").rgb_to_hsv(1, 0, 0) == (0, 1, 1)
+sys.modules["colorsys"] = Later("colorsys")
+import colorsys
+assert colorsys.rgb_to_hsv(1, 0, 0) == (0, 1, 1)
+assert type(sys.modules["colorsys"]) is not Later
 """
 
 

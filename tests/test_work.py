@@ -779,7 +779,10 @@ async def test_jobs_that_share_a_limit_expire_each_in_its_own_time() -> None:
     await until(lambda: len(ended) == 4)
     assert ended == [("quick", False), ("other limit", True), ("late", True), ("later", True)]
     start("again", 60, 0.05)
-    await until(lambda: len(ended) == 5)
+    start("ends", 0, 30)
+    await until(lambda: len(ended) == 6)
+    assert not any(limit._until for limit in tasks._limits.values()), "nothing is kept"
+    assert ended.pop(-2) == ("ends", False)
     assert ended[-1] == ("again", True)
 
 
@@ -790,11 +793,15 @@ def test_limit_forgets_jobs_of_a_loop_that_was_closed() -> None:
         tasks.start(asyncio.Event().wait(), "left", 0.01)
         await asyncio.sleep(0)
 
+    reported: list[Any] = []
+
     async def go_on() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, one: reported.append(one))
         for _ in range(2):
             job = tasks.start(asyncio.Event().wait(), "late", 0.01)
             await job.wait()
             assert job.is_late
+        assert not reported
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(begin())
