@@ -22,6 +22,7 @@ from websockets.asyncio.server import serve as plain_serve
 from websockets.exceptions import ConnectionClosed
 
 from karna.connection import Connection
+from karna.door import Phase
 from karna.envelopes import encode_json
 from karna.frames import frame_binary, frame_text
 from support import Raw, execute, needs, served, until
@@ -193,11 +194,16 @@ async def test_close_frames_are_answered_with_their_own_code() -> None:
 
 
 async def test_nothing_follows_our_close_whatever_arrives_behind_the_peers() -> None:
-    async with served(EchoManager()) as server:
+    manager = EchoManager()
+    async with served(manager) as server:
         for payload in (*GOOD_CLOSES, b""):
             async with raw(server.port) as peer:
-                await feed(peer, [frame(8, payload) + frame(9, b"late"), frame(9, b"later")])
+                [connection] = [each for each in manager.connections if each.phase is Phase.OPEN]
+                malformed = frame(1, b"not masked", is_masked=False)
+                await feed(peer, [frame(8, payload) + frame(9, b"late"), malformed])
                 assert await peer.frames() == [(8, payload)]
+                if payload in (b"", b"\x03\xe8"):  # usual: the library has nothing to do with it
+                    assert connection._protocol is None
 
 
 async def test_close_frame_of_a_longer_form_has_no_code_in_its_mask() -> None:

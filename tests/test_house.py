@@ -231,4 +231,4 @@ def test_what_the_start_does_not_need_is_imported_when_it_is_used() -> None:
         [sys.executable, "-c", NOT_AT_START], cwd=ROOT, capture_output=True, text=True,
         timeout=DEADLINE_S, check=False,
     )  # fmt: skip
-    assert ran.stdout.strip() == websockets.__version__, ran.stderr
+    assert (ran.returncode, ran.stdout.strip()) == (0, websockets.__version__), ran.stderr
