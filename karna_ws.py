@@ -44,7 +44,7 @@ from websockets.frames import CloseCode
 from karna import trace
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
 from karna.builtins import notification
-from karna.calls import Client, Request, submit
+from karna.calls import Client, Request, start_ready, submit
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
@@ -265,7 +265,7 @@ class WebSocketManager(EndpointHub):
         self.traces = trace.is_wanted()
         has_lane = is_ours and not self.traces
         self.prepared: dict[str, Ready] = self.commands.prepared if has_lane else {}
-        self.prepare_inline = self.commands.prepare_inline if has_lane else _prepare_nothing
+        self.prepare_plain = self.commands.prepare_plain if has_lane else _prepare_nothing
         is_ours = _function_of(self.handle_message) is WebSocketManager.handle_message
         self.raw_client = RawClient if is_ours else OverriddenRawClient
         self.board.touch()
@@ -288,7 +288,7 @@ class WebSocketManager(EndpointHub):
         """Start no command any more; answer what runs."""
         self.is_draining = True
         self.prepared = {}
-        self.prepare_inline = _prepare_nothing
+        self.prepare_plain = _prepare_nothing
         if self.mcp is not None:
             self.mcp.stop()
 
@@ -451,16 +451,19 @@ def _function_of(method: Any) -> Any:
 def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: int) -> bytes | None:
     """Answer one request of our own form, now or later. Never raises.
 
-    The fast lane: a command line that is bound without a fault, and needs no task, needs no
-    Request either.
+    The fast lane: a command line of plain words needs no other look at it, and a command that
+    needs no task needs no Request either.
     """
     params, wanted = message.get("params"), message.get("id")
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
         ready = None
-        if type(line) is str and client.calls is None and type(wanted) in ID_TYPES:
-            ready = manager.prepared.get(line) or manager.prepare_inline(line)
+        if type(line) is str and type(wanted) in ID_TYPES:
+            ready = manager.prepared.get(line) or manager.prepare_plain(line)
         if ready is not None:
+            if client.calls is not None or not ready[0].inline:
+                request = client.request_type(client, wanted, ack, size, line)
+                return start_ready(request, Call(*ready))
             try:
                 value = manager.commands.run_inline(ready)
                 data = {"command": line, "result": value}
@@ -737,6 +740,7 @@ DOORS = {
 # Bind first, then start services; at the end let commands finish, tell every client to come back
 # (1012), and cut those that don't listen.
 
+YOUNG_OBJECTS = 10_000  # that wait for a collection: a thousand commands hold as many, and end soon
 LAST_RESORT_S = 1.0  # after the last client has gone, for tasks that ignore their cancellation
 
 
@@ -795,6 +799,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from karna import command_line
 
     gc.freeze()  # what is loaded by now stays: full collections need not walk it
+    gc.set_threshold(YOUNG_OBJECTS)
     gc.enable()
     command_line.open_standard_files()
     try:

@@ -39,7 +39,7 @@ from karna.model_service import ModelService
 from karna.service import Service
 from karna.text import one_line
 from karna.words import Ranking, plain_words, split_words
-from karna.work import Job, Tasks, ThreadPool, failure_of
+from karna.work import Job, Tasks, ThreadPool, Work, failure_of
 
 if TYPE_CHECKING:
     from karna.answers import Answer
@@ -51,7 +51,7 @@ __all__ = [
 ]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Ready = tuple[Command, list[Any], dict[str, Any]]  # an inline command and its arguments
+Ready = tuple[Command, list[Any], dict[str, Any]]  # a command and its arguments
 Ended = Callable[[Any, RequestError | None], None]  # told a result, or why there is none
 
 
@@ -164,15 +164,15 @@ class CommandProcessor(Service):
             words = command.split_text(line)
         return Call(command, *command.bind(words, params))
 
-    def prepare_inline(self, line: str) -> Ready | None:
-        """The commonest lines, ready to run: an inline command and plain words, without a fault.
+    def prepare_plain(self, line: str) -> Ready | None:
+        """The commonest lines, ready to run: plain words that their command takes.
 
-        None for all others, which `prepare` takes. A line that comes again is kept in `prepared`:
-        an inline call has no Context and may run many times.
+        None for all others, which `prepare` takes. A line that comes again is kept in `prepared`
+        if its command is inline: that has no Context, and may run many times.
         """
         words = plain_words(line)
         command = self.commands.get(words[0]) if words else None
-        if command is None or words is None or not command.inline:
+        if command is None or words is None:
             return None
         del words[0]
         if words and command.takes_words:  # as `bind` would say: a seventh of all this
@@ -184,6 +184,8 @@ class CommandProcessor(Service):
                 ready = command, *command.bind(words, NO_PARAMS)
             except UsageError:
                 return None
+        if not command.inline:
+            return ready
         if line in self._asked:
             self._keep(line, ready)
         elif len(self._asked) < MAX_PREPARED:
@@ -224,7 +226,7 @@ class CommandProcessor(Service):
         return self.run_inline((call.command, call.args, call.kwargs))
 
     def run_inline(self, ready: Ready) -> Any:
-        """`call_inline`, of what `prepare_inline` gives."""
+        """`call_inline`, of what `prepare_plain` gives."""
         command, args, kwargs = ready
         try:
             value = command.function(*args, **kwargs) if kwargs else command.function(*args)
@@ -234,22 +236,31 @@ class CommandProcessor(Service):
         self.done += 1
         return value
 
-    def start_call(self, call: Call, context: Context, on_end: Ended) -> Job:
+    def start_call(self, call: Call, context: Context | None, on_end: Ended) -> Job:
         """Run a command in one task within the time limit; `on_end` is told how it ended, once.
 
         It is told (result, None) or (None, error): CommandTimeout, Cancelled (by `job.cancel()`),
         what RequestError the handler raised, or CommandFailed. A handler that ignores its end is
         left behind, so that the outcome comes in bounded time. `on_end` is called by the loop
         later; the handler may begin, and report progress, before this returns.
+        context: may be None for a command that `is_coroutine`.
         """
+        command = call.command
         self.running += 1
-        context.begin()
-        name = call.command.title
-        ended = functools.partial(self._call_ended, call.command, context, on_end)
-        return self.tasks.start(self._perform(call, context), name, self.timeout_s, ended)
+        if context is not None:
+            context.begin()
+        if command.is_coroutine or context is None:
+            work: Work = functools.partial(command.function, *call.args, **call.kwargs)
+        else:
+            work = functools.partial(self._perform, call, context)
+        ended = functools.partial(self._call_ended, command, context, on_end)
+        return self.tasks.start(work, command.title, self.timeout_s, ended)
 
-    def _call_ended(self, command: Command, context: Context, on_end: Ended, job: Job) -> None:
-        context.end()
+    def _call_ended(
+        self, command: Command, context: Context | None, on_end: Ended, job: Job
+    ) -> None:
+        if context is not None:
+            context.end()
         self.running -= 1
         error = self._error_of(job, command)
         if error is None:

@@ -76,8 +76,10 @@ def karna_module(port: int) -> list[str]:
     return [sys.executable, "-m", "karna_ws", "--port", str(port), "--loop", "asyncio"]
 
 
-def karna_program(loop: str) -> Callable[[int], list[str]]:
+def karna_program(loop: str, karna_ws: Path) -> Callable[[int], list[str]]:
     script = str(BENCH / "commands.py")
+    if (karna_ws.parent / "karna").is_dir():
+        return karna(loop, karna_ws, script)
     return lambda port: [sys.executable, script, "--port", str(port), "--loop", loop]
 
 
@@ -88,7 +90,7 @@ def karna_server(name: str, loop: str, karna_ws: Path) -> Server:
         f"{name}+commands",
         f"Karna WS, {loop}, bench/commands.py",
         doors,
-        karna_program(loop),
+        karna_program(loop, karna_ws),
         python_path=karna_ws.parent,
     )
     title, command = f"Karna WS, {loop}", karna(loop, karna_ws)

@@ -45,7 +45,10 @@ class Commands(Protocol):
         """Run a call that never waits. Raises RequestError."""
 
     def start_call(
-        self, call: Call, context: Context, on_end: Callable[[Any, RequestError | None], None]
+        self,
+        call: Call,
+        context: Context | None,
+        on_end: Callable[[Any, RequestError | None], None],
     ) -> Job:
         """Run a call in a task; `on_end` gets its one outcome."""
 
@@ -321,6 +324,16 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
     return calls_of(client).submit(request, prepare, args)
 
 
+def start_ready(request: Request, call: Call) -> bytes | None:
+    """`submit` what is prepared already. Never raises."""
+    try:
+        return (request.client.calls or calls_of(request.client)).submit(
+            request, _as_it_is, (call,)
+        )
+    except FAULTS as exc:
+        return request.refuse(exc)
+
+
 def _as_it_is(call: Call) -> Call:
     return call
 
@@ -408,8 +421,10 @@ class Calls:
         self.running.add(request)
         if request.is_serial:
             self.serial_running = request
-        progress = functools.partial(self._progress, request)
-        context = Context(request.client, progress, owner=self.connection)
+        context = None
+        if not call.command.is_coroutine:
+            progress = functools.partial(self._progress, request)
+            context = Context(request.client, progress, owner=self.connection)
         on_end = functools.partial(self._on_end, request)
         request.job = self.manager.commands.start_call(call, context, on_end)
         if request.client.calls is not self:  # from Python 3.12 on it has begun: its client left

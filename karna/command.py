@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import operator
 import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextvars import copy_context
@@ -170,8 +171,10 @@ class Command:
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
-        if self.context_name is None and _never_waits(function):
+        is_coroutine = self.context_name is None and _is_coroutine(function)
+        if is_coroutine and _never_waits(function):
             self.inline, self.function = True, functools.partial(_finish, function)
+        self.is_coroutine = is_coroutine and not self.inline  # a task may call it as it is
 
     def _way_to_run(self) -> str:
         """How a task calls the function: 'stream', 'loop' or 'thread'."""
@@ -349,7 +352,7 @@ class Command:
                     return words, {}
                 if len(words) == len(self._converters):
                     try:
-                        return list(map(_convert, self._converters, words)), {}
+                        return list(map(operator.call, self._converters, words)), {}
                     except ValueError:
                         pass  # which is told below
             elif self._bare is not None:
@@ -439,16 +442,15 @@ class Command:
 _AWAITS = dis.opmap["SEND"]  # in the code of each await, `async for` and `async with`
 
 
-def _convert(convert: Callable[[Any], Any], word: str) -> Any:
-    return convert(word)
+def _is_coroutine(function: Any) -> bool:
+    """Is it an `async def`, and nothing that a decorator made of one?"""
+    plain = getattr(function, "__func__", function)
+    return inspect.isfunction(plain) and bool(plain.__code__.co_flags & inspect.CO_COROUTINE)
 
 
 def _never_waits(function: Any) -> bool:
-    """Is it an `async def` in which nothing can wait? A task could do no more for it."""
-    plain = getattr(function, "__func__", function)
-    if not inspect.isfunction(plain) or not plain.__code__.co_flags & inspect.CO_COROUTINE:
-        return False
-    code = plain.__code__
+    """Is this `async def` one in which nothing can wait? A task could do no more for it."""
+    code = getattr(function, "__func__", function).__code__
     return _AWAITS not in code.co_code[::2] and "current_task" not in code.co_names
 
 

@@ -58,7 +58,8 @@ _DIGITS = re.compile("[+-]?[0-9]+")
 
 def _whole_number(value: Any) -> int:
     if isinstance(value, str) and len(value) <= MAX_NUMBER_DIGITS:
-        value = int(value) if _DIGITS.fullmatch(value) else value
+        if (value.isdecimal() and value.isascii()) or _DIGITS.fullmatch(value):
+            return int(value)
     elif type(value) is float and value.is_integer() and abs(value) <= MAX_EXACT_FLOAT:
         value = int(value)  # 1.0 is an integer to JSON Schema, and to who counts in floats
     if type(value) is not int:

@@ -136,7 +136,7 @@ class Monitor:
     async def _attempt(self, service: Service, action: Action) -> BaseException | None:
         """Call `action` for at most `timeout_s`; what it raised is the result."""
         name = f"service {service.name} {action.__name__}"
-        job = self._tasks.start(_call(action), name, self.timeout_s)
+        job = self._tasks.start(action, name, self.timeout_s)
         await job.wait()
         if job.is_late:
             return Unavailable(f"no answer to {action.__name__} within {self.timeout_s:g} s")
@@ -149,7 +149,3 @@ class Monitor:
             return self.interval_s
         delay = min(RETRY_FIRST_S * 2.0 ** min(failures - 1, 30), RETRY_MAX_S)
         return delay * random.uniform(0.75, 1.25)  # jitter: nodes that failed together part
-
-
-async def _call(action: Action) -> None:
-    await action()  # its call, too, may raise

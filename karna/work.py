@@ -14,7 +14,7 @@ import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from karna.errors import NO_BUGS, CommandFailed, RequestError, Unavailable, as_request_error
@@ -45,13 +45,14 @@ def failure_of(
     return as_request_error(error)
 
 
+Work = Callable[[], Awaitable[Any]]
 Outcome = tuple[Any, BaseException | None]  # what work returned, or what it raised
 
 
-async def _contain(work: Coroutine[Any, Any, Any]) -> Outcome:
+async def _contain(work: Work) -> Outcome:
     """Do the work; what it raises is a result, for a task that raises SystemExit ends the loop."""
     try:
-        return await work, None
+        return await work(), None
     except BaseException as error:
         return None, error
 
@@ -64,19 +65,14 @@ class Job:
     about that is not looked at. Made by Tasks.start.
     """
 
-    __slots__ = ("_limit", "_on_end", "_tasks", "_timer", "_waiting", "_work", "error",
-                 "is_cancelled", "is_late", "is_over", "task", "timeout_s", "value")  # fmt: skip
+    __slots__ = ("_limit", "_on_end", "_tasks", "_timer", "_waiting", "error", "is_cancelled",
+                 "is_late", "is_over", "task", "timeout_s", "value")  # fmt: skip
     task: asyncio.Task[Outcome]
 
     def __init__(
-        self,
-        tasks: Tasks,
-        work: Coroutine[Any, Any, Any],
-        timeout_s: float | None,
-        on_end: Callable[[Job], None] | None,
+        self, tasks: Tasks, timeout_s: float | None, on_end: Callable[[Job], None] | None
     ) -> None:
         self._tasks = tasks
-        self._work = work
         self._on_end = on_end
         self._waiting: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -130,7 +126,13 @@ class Job:
             self._limit.end(self)
         if self._timer is not None:
             self._timer.cancel()
-        self._settle()
+        task = self.task
+        if self.is_late:
+            self.error = TimeoutError()
+        elif self.is_cancelled or not task.done() or task.cancelled():
+            self.error = asyncio.CancelledError()
+        else:
+            self.value, self.error = task.result()
         self.is_over = True
         on_end, self._on_end = self._on_end, None
         try:
@@ -139,16 +141,6 @@ class Job:
         finally:
             if self._waiting is not None and not self._waiting.done():
                 self._waiting.set_result(None)
-
-    def _settle(self) -> None:
-        if self.task.done():
-            self._work.close()  # cancelled before its first step it would warn: never awaited
-        if self.is_late:
-            self.error = TimeoutError()
-        elif self.is_cancelled or not self.task.done() or self.task.cancelled():
-            self.error = asyncio.CancelledError()
-        else:
-            self.value, self.error = self.task.result()
 
 
 class Limit:
@@ -212,13 +204,13 @@ class Tasks:
 
     def start(
         self,
-        work: Coroutine[Any, Any, Any],
+        work: Work,
         name: str,
         timeout_s: float | None = None,
         on_end: Callable[[Job], None] | None = None,
     ) -> Job:
-        """Run `work` as a Job; `on_end` is called once, by the loop, never from within here."""
-        job = Job(self, work, timeout_s, on_end)
+        """Call and await `work` as a Job; `on_end` is called once, by the loop, never from here."""
+        job = Job(self, timeout_s, on_end)
         job.task = _make_task(_contain(work), name)
         self._own(job.task, job)
         return job
@@ -235,7 +227,7 @@ class Tasks:
         task.add_done_callback(self._ended)  # by the loop, should it have ended already
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        if task in self._left:
+        if self._left and task in self._left:
             self._left.discard(task)
             error = _error_of(task)
             outcome = f": {one_line(explain(error))}" if error else ""

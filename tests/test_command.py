@@ -263,17 +263,20 @@ def test_command_without_options_takes_dashes_as_they_are() -> None:
 
 def test_lines_of_inline_commands_are_kept_once_they_come_again() -> None:
     commands = CommandProcessor()
-    first = commands.prepare_inline("echo a")
+    first = commands.prepare_plain("echo a")
     assert not commands.prepared
-    second = commands.prepare_inline("echo a")
+    second = commands.prepare_plain("echo a")
     assert first == second and first is not None and first[1:] == (["a"], {})
     assert commands.prepared == {"echo a": second}
-    for line in ("countdown 1", "nobody", "", "echo 'a'", "echo a\\ b", "echo\ta", "help a b"):
-        assert commands.prepare_inline(line) is commands.prepare_inline(line) is None, line
+    for line in ("nobody", "", "echo 'a'", "echo a\\ b", "echo\ta", "help a b", "countdown x"):
+        assert commands.prepare_plain(line) is commands.prepare_plain(line) is None, line
+    for _ in range(3):
+        slow = commands.prepare_plain("countdown 1")
+        assert slow is not None and slow[1:] == ([1.0], {})
     assert list(commands.prepared) == ["echo a"]
     commands.add(Command(lambda *text: "mine", name="echo", inline=True))
     assert not commands.prepared
-    ready = commands.prepare_inline("echo a")
+    ready = commands.prepare_plain("echo a")
     assert ready is not None and commands.run_inline(ready) == "mine"
 
 
@@ -335,11 +338,12 @@ def test_prepare_forgets_lines_when_notify_changes_its_way() -> None:
     hall: Any = Hall()
     commands.use_broadcaster(hall)
     assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
-    assert commands.prepare_inline("notify x") and commands.prepare_inline("notify x")
+    assert commands.prepare_plain("notify x") and commands.prepare_plain("notify x")
     assert "notify x" in commands.prepared
     commands.use_broadcaster(hall, waits=True)
     assert not commands.prepared
-    assert commands.prepare_inline("notify x") is None, "it waits now"
+    for _ in range(3):
+        assert commands.prepare_plain("notify x") and not commands.prepared, "it waits now"
     assert asyncio.run(commands.run(commands.prepare("notify x"), Context())) == {"clients": 2}
     commands.use_broadcaster(hall)
     assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
@@ -384,10 +388,10 @@ def test_prepare_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch
     commands = CommandProcessor()
     for number in range(10):
         for _ in range(3):
-            commands.prepare_inline(f"echo {number}")
+            commands.prepare_plain(f"echo {number}")
         assert 0 < len(commands.prepared) <= 3 and len(commands._asked) <= 3
     for _ in range(3):
-        commands.prepare_inline("echo " + "x" * 200)
+        commands.prepare_plain("echo " + "x" * 200)
     assert all(len(line) < 200 for line in commands.prepared)
 
 
@@ -1085,7 +1089,7 @@ def test_coroutine_that_can_not_wait_needs_no_task() -> None:
     for function in (*waiting, wants_its_task, *marked):
         assert not Command(function, name="waits").inline, function
     commands = processor(ready_at_once)
-    ready = commands.prepare_inline("ready_at_once 5")
+    ready = commands.prepare_plain("ready_at_once 5")
     assert ready is not None and commands.run_inline(ready) == 6
     with pytest.raises(CommandFailed, match="nothing"):
         commands.call_inline(commands.prepare("ready_at_once 0"))

@@ -318,7 +318,7 @@ OUTCOMES: list[tuple[Any, float | None, tuple[Any, str, bool, bool]]] = [
 @pytest.mark.parametrize(("work", "timeout_s", "outcome"), OUTCOMES)
 async def test_job_has_one_outcome(work: Any, timeout_s: Any, outcome: Any, wait: bool) -> None:
     tasks, ends = Tasks(), Ends()
-    job = tasks.start(work(wait), "job", timeout_s, ends)
+    job = tasks.start(lambda: work(wait), "job", timeout_s, ends)
     assert not ends.seen, "never from within"
     assert not job.is_over and tasks.running == (job.task,)
     await job.wait()
@@ -333,7 +333,7 @@ async def test_job_has_one_outcome(work: Any, timeout_s: Any, outcome: Any, wait
 @pytest.mark.parametrize("work", [hang, end_in_peace])
 async def test_cancelled_job_is_told_so_whatever_it_did_about_that(work: Any, steps: int) -> None:
     tasks, ends = Tasks(), Ends()
-    job = tasks.start(work(), "job", 10.0, ends)
+    job = tasks.start(work, "job", 10.0, ends)
     for _ in range(steps):  # none: it is cancelled before its first step
         await asyncio.sleep(0)
     job.cancel()
@@ -356,7 +356,7 @@ async def test_job_that_ended_before_it_was_cancelled_succeeded() -> None:
         assert job.task.done() and not job.is_over
         job.cancel()
 
-    job = tasks.start(succeed_just_before(), "job", 10.0, ends)
+    job = tasks.start(succeed_just_before, "job", 10.0, ends)
     await tasks.wait(1.0)
     assert ends.seen == [(5, "", False, False)]
 
@@ -371,7 +371,7 @@ async def test_second_cancellation_leaves_the_cleaning_up_of_the_first_alone() -
             await asyncio.sleep(0.02)
             cleaned.append(1)
 
-    job = tasks.start(clean_up(), "job", 0.05, ends)
+    job = tasks.start(clean_up, "job", 0.05, ends)
     await asyncio.sleep(0)
     for _ in range(5):
         job.cancel()
@@ -382,7 +382,7 @@ async def test_second_cancellation_leaves_the_cleaning_up_of_the_first_alone() -
 
 async def test_waiting_that_is_cancelled_cancels_the_job_and_outlasts_it() -> None:
     tasks, ends = Tasks(), Ends()
-    job = tasks.start(end_in_peace(), "job", None, ends)
+    job = tasks.start(end_in_peace, "job", None, ends)
     waiting = asyncio.ensure_future(job.wait())
     await asyncio.sleep(0)
     waiting.cancel()
@@ -397,7 +397,8 @@ async def test_job_that_ignores_its_end_is_left_behind_with_an_outcome(
 ) -> None:
     caplog.set_level(logging.INFO, "karna_ws")
     tasks, ends, go = Tasks(), Ends(), asyncio.Event()
-    job = tasks.start(ignore_cancellation(go), "stubborn", 0.01 if how == "late" else None, ends)
+    limit_s = 0.01 if how == "late" else None
+    job = tasks.start(lambda: ignore_cancellation(go), "stubborn", limit_s, ends)
     await asyncio.sleep(0)
     began = time.monotonic()
     if how == "cancel":
@@ -432,7 +433,7 @@ async def test_end_that_raises_is_reported_and_stops_nothing() -> None:
     def on_end(job: Job) -> None:
         raise RuntimeError("boom")
 
-    job = tasks.start(succeed(5, wait=True), "job", None, on_end)
+    job = tasks.start(lambda: succeed(5, wait=True), "job", None, on_end)
     await job.wait()
     await asyncio.sleep(0)
     assert errors == [("the end of job", "boom")] and tasks.running == ()
@@ -444,7 +445,7 @@ async def test_what_the_end_of_a_job_starts_is_waited_for_too() -> None:
     def start_another(job: Job | None) -> None:
         ended.append(job)
         if len(ended) < 5:
-            tasks.start(succeed(len(ended), wait=True), "next", None, start_another)
+            tasks.start(lambda: succeed(len(ended), wait=True), "next", None, start_another)
 
     start_another(None)
     assert await tasks.wait(DEADLINE_S)
@@ -514,7 +515,7 @@ def test_loop_that_closes_gives_its_jobs_their_end() -> None:
     async def main() -> None:
         tasks = Tasks()
         for _ in range(2):
-            tasks.start(hang(), "job", 5.0, ends)
+            tasks.start(hang, "job", 5.0, ends)
 
     asyncio.run(main())  # ends what runs; a warning of a coroutine never awaited would fail
     gc.collect()
@@ -766,11 +767,11 @@ async def test_text_of_an_error_forges_no_line_of_the_log(caplog: pytest.LogCapt
 async def test_jobs_that_share_a_limit_expire_each_in_its_own_time() -> None:
     tasks, ended = Tasks(), []
 
-    async def rest(seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
     def start(name: str, seconds: float, limit_s: float) -> None:
-        tasks.start(rest(seconds), name, limit_s, lambda job: ended.append((name, job.is_late)))
+        def note(job: Job) -> None:
+            ended.append((name, job.is_late))
+
+        tasks.start(lambda: asyncio.sleep(seconds), name, limit_s, note)
 
     start("late", 60, 0.05)
     start("quick", 0, 0.05)
@@ -790,7 +791,7 @@ def test_limit_forgets_jobs_of_a_loop_that_was_closed() -> None:
     tasks = Tasks()
 
     async def begin() -> None:
-        tasks.start(asyncio.Event().wait(), "left", 0.01)
+        tasks.start(asyncio.Event().wait, "left", 0.01)
         await asyncio.sleep(0)
 
     reported: list[Any] = []
@@ -798,7 +799,7 @@ def test_limit_forgets_jobs_of_a_loop_that_was_closed() -> None:
     async def go_on() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, one: reported.append(one))
         for _ in range(2):
-            job = tasks.start(asyncio.Event().wait(), "late", 0.01)
+            job = tasks.start(asyncio.Event().wait, "late", 0.01)
             await job.wait()
             assert job.is_late
         assert not reported
@@ -822,7 +823,7 @@ async def test_limit_of_others_holds_whatever_becomes_of_one(
         raise RuntimeError("once")
 
     monkeypatch.setattr(Job, "expire", failing)
-    jobs = [tasks.start(asyncio.Event().wait(), "late", 0.01) for _ in range(2)]
+    jobs = [tasks.start(asyncio.Event().wait, "late", 0.01) for _ in range(2)]
     await jobs[1].wait()
     assert jobs[1].is_late and not jobs[0].is_over
     jobs[0].cancel()
@@ -833,7 +834,7 @@ def test_limit_goes_on_in_the_next_loop() -> None:
     tasks, late = Tasks(), []
 
     async def serve() -> None:
-        tasks.start(asyncio.sleep(60), "quick", 0.01, lambda job: late.append(job.is_late))
+        tasks.start(lambda: asyncio.sleep(60), "quick", 0.01, lambda job: late.append(job.is_late))
         if not late:
             await tasks.end_all()  # its timer goes with the loop
         else:
