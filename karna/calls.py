@@ -326,10 +326,10 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
 
 def start_ready(request: Request, call: Call) -> bytes | None:
     """`submit` what is prepared already. Never raises."""
+    client = request.client
     try:
-        return (request.client.calls or calls_of(request.client)).submit(
-            request, _as_it_is, (call,)
-        )
+        calls = client.calls or calls_of(client)
+        return calls.submit(request, _as_it_is, (call,))
     except FAULTS as exc:
         return request.refuse(exc)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import json
 import socket
 import struct
@@ -442,7 +443,7 @@ def misbehaving(manager: WebSocketManager) -> None:
 
 
 def _drop_client(function: Any) -> Any:
-    if asyncio.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
 
         async def handler(client: Client, name: str) -> Any:
             return await function(name)

@@ -328,7 +328,8 @@ async def test_answer_that_never_ends_is_given_up_after_some_bytes(name: str) ->
     endless = EndlessHost(*ENDLESS[name])
     server = await asyncio.start_server(endless.handle, "127.0.0.1", 0)
     _, commands = asking(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", model="tiny")
-    with pytest.raises(Unavailable, match="longer than 4 MiB"):
+    # http.client has limits of its own, from Python 3.14 on.
+    with pytest.raises(Unavailable, match="longer than 4 MiB|more than 100"):
         await run_line(commands, "ask hi")
     assert endless.sent < 16 * 1024 * 1024  # 4 MiB, and what the kernel holds
     server.close()
