@@ -44,7 +44,7 @@ from websockets.frames import CloseCode
 from karna import trace
 from karna.access import TOKEN_TEXT, check_access, forwarded_for, is_authorized, token_matches
 from karna.builtins import notification
-from karna.calls import Client, Request, start_ready, submit
+from karna.calls import Client, Request, submit, submit_line
 from karna.command import Call, Command, as_handler, decorator
 from karna.config import Config, Options, make_config
 from karna.connection import Connection
@@ -463,7 +463,7 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
         if ready is not None:
             if client.calls is not None or not ready[0].inline:
                 request = client.request_type(client, wanted, ack, size, line)
-                return start_ready(request, Call(*ready))
+                return submit_line(request, Call(*ready))
             try:
                 value = manager.commands.run_inline(ready)
                 data = {"command": line, "result": value}

@@ -316,26 +316,22 @@ def submit(request: Request, prepare: Callable[..., Call], *args: Any) -> bytes 
     client = request.client
     if client.manager.is_draining:
         raise Unavailable("the server is shutting down")
+    call = None
     if client.calls is None:
         call = prepare(*args)
         if call.command.inline:
             return call_inline(request, call)
-        prepare, args = functools.partial(_as_it_is, call), ()
-    return calls_of(client).submit(request, prepare, args)
+    return calls_of(client).submit(request, call, prepare, args)
 
 
-def start_ready(request: Request, call: Call) -> bytes | None:
-    """`submit` what is prepared already. Never raises."""
+def submit_line(request: Request, call: Call) -> bytes | None:
+    """`submit` what the line of the request was prepared to already. Never raises."""
     client = request.client
     try:
         calls = client.calls or calls_of(client)
-        return calls.submit(request, _as_it_is, (call,))
+        return calls.submit(request, call, client.manager.commands.prepare, (request.line,))
     except FAULTS as exc:
         return request.refuse(exc)
-
-
-def _as_it_is(call: Call) -> Call:
-    return call
 
 
 def calls_of(client: Client) -> Calls:
@@ -392,14 +388,21 @@ class Calls:
         self.waits_for_turn = False
 
     def submit(
-        self, request: Request, prepare: Callable[..., Call], args: tuple[Any, ...]
+        self,
+        request: Request,
+        call: Call | None,
+        prepare: Callable[..., Call],
+        args: tuple[Any, ...],
     ) -> bytes | None:
-        """Start the request, or let it wait. Raises what `prepare(*args)` raises."""
+        """Start the request, or let it wait. Raises what `prepare(*args)` raises.
+
+        call: what that gave already. It does not wait: bound arguments take more than `args`.
+        """
         is_serial = request.is_serial
         queue = self.serial if is_serial else self.parallel
         must_wait = queue or (is_serial and self.serial_running is not None)
         if not must_wait and not self._is_full:
-            return self._start(request, prepare(*args))
+            return self._start(request, call or prepare(*args))
         queue.append((request, functools.partial(prepare, *args)))
         self._count_waiting(1, request.size)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -475,6 +476,28 @@ async def test_client_is_not_read_past_256_waiting_requests_and_nothing_is_lost(
             assert answer["id"] == number
             assert answer["data"]["result"] == ("g" if number == 0 else str(number))
         assert (connection.waiting, connection.waiting_bytes, connection._holds) == (0, 0, 0)
+
+
+async def test_request_that_waits_takes_not_much_more_than_it_was_sent_as() -> None:
+    """A line is short beside the words it is split into."""
+    manager, count = WebSocketManager(), 250
+    gate = Gate(manager)
+    line = "echo" + " aa" * 600
+    async with served(manager) as server, raw(server.port) as peer:
+        await peer.send_json(execute("gate a"))  # what has no id runs one after another
+        await peer.sync()
+        tracemalloc.start()
+        try:
+            for _ in range(count):
+                await peer.send_json(execute(line))
+            await peer.sync()
+            grown, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert grown < 2 * count * len(line)
+        gate.let("a")
+        for _ in range(1 + count):
+            await peer.json()
 
 
 async def test_client_is_not_read_past_a_mebibyte_of_waiting_requests() -> None:
