@@ -262,6 +262,8 @@ class WebSocketManager(EndpointHub):
         # What the fast lane may run, unless a program decides about each line or call itself.
         ours = (CommandProcessor.prepare, CommandProcessor.call_inline)
         is_ours = all(_function_of(getattr(self.commands, one.__name__)) is one for one in ours)
+        start_call = _function_of(self.commands.start_call)
+        self.gives_contexts = start_call is not CommandProcessor.start_call
         self.traces = trace.is_wanted()
         has_lane = is_ours and not self.traces
         self.prepared: dict[str, Ready] = self.commands.prepared if has_lane else {}
@@ -458,10 +460,12 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
         line, manager = params.get("command"), client.manager
         ready = None
-        if type(line) is str and type(wanted) in ID_TYPES:
+        calls = client.calls
+        is_waiting = calls is not None and (calls.serial or calls.parallel)
+        if type(line) is str and type(wanted) in ID_TYPES and not is_waiting:
             ready = manager.prepared.get(line) or manager.prepare_plain(line)
         if ready is not None:
-            if client.calls is not None or not ready[0].inline:
+            if calls is not None or not ready[0].inline:
                 request = client.request_type(client, wanted, ack, size, line)
                 return submit_line(request, Call(*ready))
             try:

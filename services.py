@@ -25,6 +25,7 @@ from karna.consent import Proposals
 from karna.context import Context
 from karna.conversation import Conversations, lasting
 from karna.errors import (
+    FAULTS,
     Cancelled,
     CommandFailed,
     CommandTimeout,
@@ -182,7 +183,7 @@ class CommandProcessor(Service):
                 if command.takes_text:
                     words = command.split_text(line)
                 ready = command, *command.bind(words, NO_PARAMS)
-            except UsageError:
+            except FAULTS:  # `prepare` meets it again, where it is answered
                 return None
         if not command.inline:
             return ready
@@ -243,15 +244,16 @@ class CommandProcessor(Service):
         what RequestError the handler raised, or CommandFailed. A handler that ignores its end is
         left behind, so that the outcome comes in bounded time. `on_end` is called by the loop
         later; the handler may begin, and report progress, before this returns.
-        context: may be None for a command that `is_coroutine`.
+        context: may be None for a command that `is_coroutine`, which is called as it is.
         """
         command = call.command
         self.running += 1
         if context is not None:
             context.begin()
-        if command.is_coroutine or context is None:
+        if command.is_coroutine:
             work: Work = functools.partial(command.function, *call.args, **call.kwargs)
         else:
+            assert context is not None
             work = functools.partial(self._perform, call, context)
         ended = functools.partial(self._call_ended, command, context, on_end)
         return self.tasks.start(work, command.title, self.timeout_s, ended)

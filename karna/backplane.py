@@ -338,13 +338,13 @@ def make_client(url: str) -> tuple[Any, str, list[Any]]:
 
 def _split_sentinel_url(url: str) -> tuple[list[tuple[str, int]], str, str]:
     """The Sentinels, the name of the primary, and the URL of a Redis with all else."""
-    # By a pattern: urlsplit takes no second host for one in brackets.
-    parts = re.fullmatch(r"[^:]+://([^/?#]*@)?([^/?#]*)/+([^?#]*?)/*(\?[^#]*)?(#.*)?", url)
-    if parts is None:
-        raise ValueError("no name of a primary")
+    # Not by urlsplit, which takes no other host beside one in brackets.
+    url = re.sub(r"[\t\r\n]", "", url)
+    parts = re.match(r"[^:]+://([^/?#]*@)?([^/?#]*)([^?#]*)(\?[^#]*)?", url)
+    assert parts is not None, "whatever follows the scheme"
     found = [urlsplit(f"//{each}") for each in parts[2].split(",")]
     sentinels = [(each.hostname or "", each.port or 26379) for each in found]
-    name = unquote(parts[3])
+    name = unquote(parts[3]).strip("/")
     if not name or not all(host for host, _ in sentinels):
         raise ValueError("no Sentinel, or no name of a primary")
     return sentinels, name, f"redis://{parts[1] or ''}{parts[4] or ''}"

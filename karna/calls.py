@@ -57,6 +57,7 @@ class CommandHub(Hub):
     """A hub whose clients run commands."""
 
     commands: Any  # Commands; a program may put its own processor there
+    gives_contexts = False  # to every call, also of those commands that take none
 
 
 class Client:
@@ -425,11 +426,15 @@ class Calls:
         if request.is_serial:
             self.serial_running = request
         context = None
-        if not call.command.is_coroutine:
+        if self.manager.gives_contexts or not call.command.is_coroutine:
             progress = functools.partial(self._progress, request)
             context = Context(request.client, progress, owner=self.connection)
         on_end = functools.partial(self._on_end, request)
-        request.job = self.manager.commands.start_call(call, context, on_end)
+        try:
+            request.job = self.manager.commands.start_call(call, context, on_end)
+        except BaseException:  # of one that a program overrides
+            self._forget(request)
+            raise
         if request.client.calls is not self:  # from Python 3.12 on it has begun: its client left
             request.job.cancel()
 
@@ -442,10 +447,9 @@ class Calls:
 
     def _on_end(self, request: Request, value: Any, error: RequestError | None) -> None:
         """A command has ended, however it did: answer it, and start what waited for it."""
-        self.running.discard(request)
-        if self.serial_running is request:
-            self.serial_running = None
-        request.is_done = True
+        self._forget(request)
+        # Whoever raised holds on to frames, these to the request, and that to its job.
+        request.is_done, request.job = True, None
         code = "ok" if error is None else error.code
         self.manager.metrics.count_task(code, perf_counter() - request.started)
         if request.client.calls is self:  # it is still there
@@ -454,6 +458,11 @@ class Calls:
             answered(request, f"{code}, nobody waits for it")
         if not self.waits_for_turn:
             self._go_on()
+
+    def _forget(self, request: Request) -> None:
+        self.running.discard(request)
+        if self.serial_running is request:
+            self.serial_running = None
 
     def _go_on(self) -> None:
         """Start what waits, as far as it may; others first when that takes long."""

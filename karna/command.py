@@ -171,10 +171,10 @@ class Command:
         self.is_handler = False  # of an event: it never waits for a thread that commands hold
         self.runs = self._way_to_run()
         self._read_signature()
-        is_coroutine = self.context_name is None and _is_coroutine(function)
-        if is_coroutine and _never_waits(function):
+        self.is_coroutine = self.context_name is None and _is_coroutine(function)
+        if self.is_coroutine and _never_waits(function):
             self.inline, self.function = True, functools.partial(_finish, function)
-        self.is_coroutine = is_coroutine and not self.inline  # a task may call it as it is
+            self.is_coroutine = False
 
     def _way_to_run(self) -> str:
         """How a task calls the function: 'stream', 'loop' or 'thread'."""
@@ -444,7 +444,7 @@ _AWAITS = dis.opmap["SEND"]  # in the code of each await, `async for` and `async
 
 def _is_coroutine(function: Any) -> bool:
     """Is it an `async def`, and nothing that a decorator made of one?"""
-    plain = getattr(function, "__func__", function)
+    plain = function.__func__ if inspect.ismethod(function) else function
     return inspect.isfunction(plain) and bool(plain.__code__.co_flags & inspect.CO_COROUTINE)
 
 

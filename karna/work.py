@@ -211,9 +211,12 @@ class Tasks:
     ) -> Job:
         """Call and await `work` as a Job; `on_end` is called once, by the loop, never from here."""
         job = Job(self, timeout_s, on_end)
-        job.task = _make_task(_contain(work), name)
-        self._own(job.task, job)
-        return job
+        try:
+            job.task = _make_task(_contain(work), name)
+            self._own(job.task, job)
+            return job
+        finally:
+            del job  # from Python 3.12 on it may have failed already, and its traceback has us
 
     def limit_of(self, timeout_s: float) -> Limit:
         """What jobs with this time limit share."""
@@ -379,6 +382,8 @@ class ThreadPool:
             with self._news:
                 self._take_back(errand)
             raise
+        finally:
+            del future, run, errand  # an error of theirs has this frame in its traceback
 
     def _submit(self, errand: _Errand) -> None:
         share = self._shares.get(id(errand.owner))
@@ -439,6 +444,7 @@ class ThreadPool:
                 errand.future.set_exception(_raised_in_thread(error))
         with self._news:
             self._let_go(errand)
+        del errand  # the same
         return True
 
     def _next(self) -> _Errand | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import tracemalloc
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 import pytest
 
+from karna.command import Call
 from karna.door import HOLD_CALLS
+from karna.work import Job
 from karna_ws import Client, WebSocketManager
-from services import CommandProcessor
+from services import Command, CommandFailed, CommandProcessor, Context
 from support import (
     EXECUTE,
     REQUEST_ERRORS,
@@ -153,6 +157,102 @@ async def test_internal_error_is_logged_and_tells_the_client_nothing() -> None:
         assert (await client.next())["data"]["result"] == "a"
         assert (await client.next())["data"]["code"] == "internal_error"
         assert (await client.next())["data"]["result"] == "behind"
+
+
+def failing_commands() -> WebSocketManager:
+    """A command of each kind that ends with an error, at its first step or later."""
+    manager = WebSocketManager()
+
+    async def at_once(text: str, context: Context) -> None:
+        raise CommandFailed("no")
+
+    async def coroutine(text: str) -> None:
+        await asyncio.sleep(0)
+        raise CommandFailed("no")
+
+    async def reporting(text: str, context: Context) -> None:
+        await asyncio.sleep(0)
+        raise CommandFailed("no")
+
+    async def stream(text: str) -> AsyncIterator[int]:
+        yield 1
+        raise CommandFailed("no")
+
+    def thread(text: str) -> None:
+        raise CommandFailed("no")
+
+    for function in (at_once, coroutine, reporting, stream, thread):
+        manager.commands.command(function)
+    return manager
+
+
+@pytest.mark.parametrize("name", ["at_once", "coroutine", "reporting", "stream", "thread"])
+async def test_command_that_fails_leaves_nothing_that_only_the_collector_finds(name: str) -> None:
+    """Its request may be a mebibyte, and the collector comes after thousands of objects."""
+    async with served(failing_commands()) as server, Raw.open(server) as client:
+        for round in range(2):
+            for _ in range(20):
+                answer = await client.ask("execute_command", command=f"{name} x")
+                assert answer["data"]["code"] == "command_failed"
+            await asyncio.sleep(0)
+            if not round:  # what the first ones have made stays
+                gc.collect()
+                gc.disable()
+        try:
+            assert gc.collect() < 20
+        finally:
+            gc.enable()
+
+
+async def test_override_of_how_commands_start_gets_their_context_and_may_raise() -> None:
+    class Counting(CommandProcessor):
+        def start_call(self, call: Call, context: Context | None, on_end: Any) -> Job:
+            assert context is not None
+            if "fail" in call.args:
+                raise LookupError(context.client.id)
+            return super().start_call(call, context, on_end)
+
+    manager = WebSocketManager(Counting())
+
+    @manager.commands.command
+    async def say(text: str) -> str:
+        await asyncio.sleep(0)
+        return text
+
+    async with (
+        served(manager, logs_errors=True, max_running_commands=2) as server,
+        Raw.open(server) as client,
+    ):
+        for id in (1, 2, 3, None, None):
+            await client.send(execute("say fail", id=id))
+            assert (await client.next())["data"]["code"] == "internal_error"
+        for id in (4, None):
+            await client.send(execute("say well", id=id))
+            assert (await client.next())["data"]["result"] == "well"
+
+
+async def test_line_that_can_not_be_bound_by_a_fault_is_answered_on_every_door() -> None:
+    class Broken(Command):
+        def bind(self, words: list[str], params: Any) -> Any:
+            raise LookupError("a bug")
+
+    async def say(text: str) -> str:
+        await asyncio.sleep(0)
+        return text
+
+    manager = WebSocketManager()
+    manager.commands.add(Broken(say))
+    async with served(manager, logs_errors=True) as server:
+        async with Raw.open(server) as client:
+            await client.send(execute("say x", id=7))
+            answer = await client.final(7)
+            assert (answer["data"]["code"], answer["data"]["command"]) == (
+                "internal_error",
+                "say x",
+            )
+        async with Sio.open(server, join="/") as socket:
+            answer = await socket.rpc(execute("say x", id=7))
+            assert answer["data"]["code"] == "internal_error"
 
 
 async def test_override_that_raises_is_an_internal_error_not_the_end() -> None:

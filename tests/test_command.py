@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import enum
 import inspect
 import sys
@@ -1094,6 +1095,37 @@ def test_coroutine_that_can_not_wait_needs_no_task() -> None:
     with pytest.raises(CommandFailed, match="nothing"):
         commands.call_inline(commands.prepare("ready_at_once 0"))
     assert asyncio.run(commands.run(commands.prepare("ready_at_once"), Context())) == 2
+
+
+async def test_what_a_decorator_made_of_a_coroutine_may_return_a_value_at_once() -> None:
+    class Remembering:
+        """As those of wrapt: it shows the attributes of what it wraps."""
+
+        def __init__(self, function: Any) -> None:
+            functools.update_wrapper(self, function)
+            self.function = function
+            self.seen: dict[Any, Any] = {}
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["function"], name)
+
+        def __call__(self, number: int) -> Any:
+            return self.seen[number] if number in self.seen else self.find(number)
+
+        async def find(self, number: int) -> int:
+            self.seen[number] = await self.function(number)
+            return self.seen[number]
+
+    class Home:
+        async def brew(self, number: int) -> int:
+            await asyncio.sleep(0)
+            return number
+
+    assert Command(Home().brew).is_coroutine
+    commands = CommandProcessor()
+    commands.add(Command(Remembering(Home().brew), name="brew"))
+    for _ in range(2):
+        assert await run_line(commands, "brew 3") == 3
 
 
 async def test_coroutine_that_can_not_wait_keeps_its_context_variables_to_itself() -> None:

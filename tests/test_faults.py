@@ -174,6 +174,7 @@ async def test_silent_server_delays_the_start_little() -> None:
         ("unix://u:hunter2@/run/redis.sock", "/run/redis.sock"),
         ("redis+sentinel://u:hunter2@h/main", "main (Sentinel h:26379)"),
         ("valkey+sentinel://h:1,[::1]:2,k/main?db=3", "main (Sentinel h:1, ::1:2, k:26379)"),
+        ("redis+sentinel://h/%2Fmy%20main\n", "my main (Sentinel h:26379)"),
     ],
 )
 def test_url_of_redis_is_understood(url: str, address: str) -> None:
