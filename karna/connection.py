@@ -57,6 +57,7 @@ LINGER_S = 2.0  # for a peer to read an HTTP answer before its socket is cut, an
 SLOWEST_READER_BYTES_S = 16 * 1024  # ...more for a long one: a poor mobile link still gets it
 
 _USUAL_CLOSES = (b"", b"\x03\xe8", b"\x03\xe9")  # without a code, 1000, 1001
+_NO_DOOR = Door()
 _OPEN = Phase.OPEN  # a global: looking a member up in its Enum costs as much as a frame's header
 
 
@@ -129,6 +130,7 @@ class Connection(Sender):
         self.deadline = NEVER
         self._holds = HOLD_CLOSED
         self._tail = self._parts = None
+        self.door = _NO_DOOR  # or all of it would stay until the collector comes
         self.hub.release(self)
         if self.hub.traces:
             closed(self)

@@ -218,6 +218,7 @@ class Exchange(Door):
     def _finish(self, answer_bytes: int) -> None:
         """The answer is written: the next request has its turn, or the socket is closed."""
         self._stage = Stage.DONE
+        self.client = None  # which holds on to this
         if self.is_last:
             self.connection.close_http(answer_bytes, has_ended=self._has_ended)
         else:
@@ -390,6 +391,7 @@ class Exchange(Door):
     def end(self) -> None:
         if self.client is not None:
             self.client.cancel_calls()
+            self.client = None
 
 
 @functools.lru_cache

@@ -344,6 +344,7 @@ class Mcp:
             if self.running.get(key) is request:
                 del self.running[key]
         self.detached.discard(request)
+        request.client.on_leave = None  # which holds the request
 
     def _cancel(self, session: str | None, wanted: Any) -> None:
         """Cancel what the same session asked under this id; else it is ignored.

@@ -168,6 +168,7 @@ class SocketTransport(asyncio.Transport):
         try:
             self._peer.connection_lost(None)
         finally:
+            del self._peer
             self._socket.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import time
@@ -18,11 +19,14 @@ from support import Gate, execute, served, until
 from support_peers import (
     ENGINE,
     EchoManager,
+    ask,
     close_frame,
+    dial,
     engine,
     frame,
     in_fragments,
     lazy,
+    post,
     raw,
 )
 
@@ -261,3 +265,67 @@ async def test_message_limit_is_exact_for_frames_and_fragments(limit: int) -> No
                 assert await peer.frame() == (1, b"before")
                 closed = await peer.closed()
                 assert closed.code == 1009 and str(limit) in closed.reason
+
+
+async def said_and_left(port: int, talk: Any) -> None:
+    async with talk(port) as peer:
+        await peer.sync()
+        await peer.send(close_frame())
+        await peer.closed()
+
+
+async def posted(port: int, target: str, value: Any) -> None:
+    """Twice on one connection, and once on one that ends with its answer."""
+    async with dial(port) as peer:
+        for _ in range(2):
+            await peer.send(post(target, value, {**ACCEPTED, "Connection": "keep-alive"}))
+            await peer.answer()
+    await ask(port, post(target, value, ACCEPTED))
+
+
+async def cut(server: Any) -> None:
+    """While its command runs."""
+    async with dial(server.port) as peer:
+        await peer.send(post("/api/execute_command", {"command": "countdown 9"}))
+        await until(lambda: server.manager.commands.tasks.running)
+        peer.writer.transport.abort()
+
+
+ACCEPTED = {"Accept": "application/json, text/event-stream"}
+TOOL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call",
+        "params": {"name": "describe", "arguments": {"image": "x"}}}  # fmt: skip
+ENDED: dict[str, Any] = {
+    "raw": lambda server: said_and_left(server.port, raw),
+    "Socket.IO": lambda server: said_and_left(server.port, engine),
+    "POST": lambda server: posted(server.port, "/api/execute_command", {"command": "describe x"}),
+    "JSON-RPC": lambda server: posted(
+        server.port, "/rpc", {"jsonrpc": "2.0", "method": "x", "id": 1}
+    ),
+    "MCP": lambda server: posted(server.port, "/mcp", TOOL),
+    "POST that is cut": cut,
+}
+
+
+@pytest.mark.parametrize("door", ENDED)
+async def test_connection_that_has_ended_leaves_nothing_that_only_the_collector_finds(
+    door: str,
+) -> None:
+    """Its last request may be a mebibyte, its `state` more."""
+    async with served() as server:
+        await ENDED[door](server)
+        await until(lambda: not server.manager.connections)
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            await ENDED[door](server)
+            await until(lambda: not server.manager.connections)
+            assert await server.manager.commands.tasks.wait(5.0)
+            await asyncio.sleep(0)  # the callback that closed it has ended
+            gc.collect()
+            ours = [each for each in gc.garbage if type(each).__module__.startswith("karna")]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not ours
