@@ -458,12 +458,13 @@ def handle_rpc(client: Client, message: dict[str, Any], ack: int | None, size: i
     """
     params, wanted = message.get("params"), message.get("id")
     if type(params) is dict and len(params) == 1 and message.get("method") == "execute_command":
-        line, manager = params.get("command"), client.manager
+        line, manager, calls = params.get("command"), client.manager, client.calls
         ready = None
-        calls = client.calls
-        is_waiting = calls is not None and (calls.serial or calls.parallel)
-        if type(line) is str and type(wanted) in ID_TYPES and not is_waiting:
-            ready = manager.prepared.get(line) or manager.prepare_plain(line)
+        if type(line) is str and type(wanted) in ID_TYPES:
+            if calls is None:
+                ready = manager.prepared.get(line) or manager.prepare_plain(line)
+            elif not (calls.serial or calls.parallel):
+                ready = manager.prepare_plain(line)
         if ready is not None:
             if calls is not None or not ready[0].inline:
                 request = client.request_type(client, wanted, ack, size, line)
