@@ -168,8 +168,8 @@ class CommandProcessor(Service):
     def prepare_plain(self, line: str) -> Ready | None:
         """The commonest lines, ready to run: plain words that their command takes.
 
-        None for all others, which `prepare` takes. A line that comes again is kept in `prepared`
-        if its command is inline: that has no Context, and may run many times.
+        None for all others, which `prepare` takes. A line that comes again and again is kept in
+        `prepared` if its command is inline: that has no Context, and may run many times.
         """
         words = plain_words(line)
         command = self.commands.get(words[0]) if words else None
@@ -187,18 +187,19 @@ class CommandProcessor(Service):
                 return None
         if not command.inline:
             return ready
-        if line in self._asked:
-            self._keep(line, ready)
-        elif len(self._asked) < MAX_PREPARED:
-            self._asked.add(line)
-        else:
-            self._asked.clear()
+        if not self.done & 7:  # of eight lines one: those that all differ never come again
+            self._remember(line, ready)
         return ready
 
-    def _keep(self, line: str, ready: Ready) -> None:
-        if len(self.prepared) >= MAX_PREPARED:
-            self.prepared.clear()
-        if len(line) <= MAX_PREPARED_CHARS:
+    def _remember(self, line: str, ready: Ready) -> None:
+        """Keep a line that was remembered before."""
+        if line not in self._asked:
+            if len(self._asked) >= MAX_PREPARED:
+                self._asked.clear()
+            self._asked.add(line)
+        elif len(line) <= MAX_PREPARED_CHARS:
+            if len(self.prepared) >= MAX_PREPARED:
+                self.prepared.clear()
             self.prepared[line] = ready
 
     def unknown(self, name: str) -> UnknownCommand:

@@ -19,6 +19,15 @@ from support import DEADLINE_S
 from support_property import st
 
 
+def keep_line(commands: CommandProcessor, line: str) -> None:
+    """As if the line had come again and again."""
+    for _ in range(2):
+        ready = commands.prepare_plain(line)
+        assert ready is not None
+        commands._remember(line, ready)
+    assert line in commands.prepared
+
+
 async def run_line(
     commands: CommandProcessor, line: str, context: Context | None = None, **params: Any
 ) -> Any:

@@ -33,7 +33,7 @@ from services import (
     UsageError,
 )
 from support import DEADLINE_S, Raw, served, until
-from support_commands import LINE, any_words, hang, processor, run_line
+from support_commands import LINE, any_words, hang, keep_line, processor, run_line
 from support_property import given, settings, st
 
 
@@ -281,6 +281,17 @@ def test_lines_of_inline_commands_are_kept_once_they_come_again() -> None:
     assert ready is not None and commands.run_inline(ready) == "mine"
 
 
+async def test_line_that_is_asked_again_and_again_is_kept_beside_others_that_are_not() -> None:
+    async with served() as server, Raw.open(server) as client:
+        for number in range(40):
+            await client.run(f"echo {number}")
+            await client.run("echo again")
+        assert [*server.manager.prepared] in ([], ["echo again"])
+        for _ in range(20):
+            await client.run("echo again")
+        assert [*server.manager.prepared] == ["echo again"]
+
+
 @pytest.mark.parametrize("name", ["call_inline", "run_inline"])
 async def test_override_of_how_inline_commands_run_sees_each_call(name: str) -> None:
     seen: list[Any] = []
@@ -339,8 +350,7 @@ def test_prepare_forgets_lines_when_notify_changes_its_way() -> None:
     hall: Any = Hall()
     commands.use_broadcaster(hall)
     assert commands.call_inline(commands.prepare("notify x")) == {"clients": 1}
-    assert commands.prepare_plain("notify x") and commands.prepare_plain("notify x")
-    assert "notify x" in commands.prepared
+    keep_line(commands, "notify x")
     commands.use_broadcaster(hall, waits=True)
     assert not commands.prepared
     for _ in range(3):
