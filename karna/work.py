@@ -7,7 +7,6 @@ text; used by service, models and backplane, by services, and by the hub for eve
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -318,12 +317,15 @@ OWNER_SHARE = 4  # an owner gets at most max_threads through this
 class _Errand:
     """Work for a thread, and who hears of its end."""
 
-    def __init__(
-        self, owner: object, future: concurrent.futures.Future[Any], work: Callable[[], Any]
-    ) -> None:
+    def __init__(self, owner: object, future: asyncio.Future[Any], work: Callable[[], Any]) -> None:
         self.owner = owner
         self.future = future
         self.work = work
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Tell who waits, if anybody still does; on the loop."""
+        if not self.future.done():
+            self.future.set_result(value) if error is None else self.future.set_exception(error)
 
 
 class _Share:
@@ -332,6 +334,14 @@ class _Share:
     def __init__(self) -> None:
         self.held = 0
         self.waiting: deque[_Errand] = deque()
+
+
+def _outcome_of(work: Callable[[], Any]) -> Outcome:
+    """Do the work; what it raises, SystemExit too, ends neither thread nor process."""
+    try:
+        return work(), None
+    except BaseException as error:
+        return None, _raised_in_thread(error)
 
 
 def _raised_in_thread(error: BaseException) -> RequestError:
@@ -358,6 +368,8 @@ class ThreadPool:
         self._name = name
         self._waiting: deque[_Errand] = deque()  # for a thread
         self._shares: dict[int, _Share] = {}  # by id: an owner need not be hashable
+        # What has ended and is not told yet: each time a thread wakes the loop both want the GIL.
+        self._ended: dict[asyncio.AbstractEventLoop, list[tuple[_Errand, Outcome]]] = {}
         self._news = threading.Condition()
         self._threads = self._idle = 0
         self._is_closed = False
@@ -369,7 +381,7 @@ class ThreadPool:
         When the caller is cancelled, work that has not begun never begins; work that has keeps
         its thread, and its place in the share, until it ends by itself.
         """
-        future: concurrent.futures.Future[Value] = concurrent.futures.Future()
+        future: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
         run = functools.partial(contextvars.copy_context().run, work)
         errand = _Errand(owner, future, run)
         with self._news:
@@ -377,7 +389,7 @@ class ThreadPool:
                 raise Unavailable("the server is stopping")
             self._submit(errand)
         try:
-            return await asyncio.wrap_future(future)
+            return await future
         except asyncio.CancelledError:
             with self._news:
                 self._take_back(errand)
@@ -437,15 +449,26 @@ class ThreadPool:
         errand = self._next()
         if errand is None:
             return False
-        if errand.future.set_running_or_notify_cancel():
-            try:
-                errand.future.set_result(errand.work())
-            except BaseException as error:  # SystemExit too: it ends neither thread nor process
-                errand.future.set_exception(_raised_in_thread(error))
+        outcome = (None, None) if errand.future.cancelled() else _outcome_of(errand.work)
+        loop = errand.future.get_loop()
         with self._news:
             self._let_go(errand)
-        del errand  # the same
+            is_awake = loop in self._ended and not loop.is_closed()
+            self._ended.setdefault(loop, []).append((errand, outcome))
+        if not is_awake:
+            try:
+                loop.call_soon_threadsafe(self._tell, loop)
+            except RuntimeError:  # it was closed: nobody waits
+                del self._ended[loop]
+        del errand, outcome  # the same
         return True
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Called by the loop: settle what has ended since it was woken."""
+        with self._news:
+            ended = self._ended.pop(loop)
+        for errand, outcome in ended:
+            errand.settle(*outcome)
 
     def _next(self) -> _Errand | None:
         with self._news:

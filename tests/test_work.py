@@ -522,6 +522,47 @@ def test_loop_that_closes_gives_its_jobs_their_end() -> None:
     assert [error for _, error, _, _ in ends.seen] == ["CancelledError"] * 2
 
 
+async def test_results_that_come_while_the_loop_is_busy_wake_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, loop, ended = ThreadPool(4, "test"), asyncio.get_running_loop(), threading.Semaphore(0)
+    woken: list[Any] = []
+    wake = loop.call_soon_threadsafe
+    monkeypatch.setattr(
+        loop, "call_soon_threadsafe", lambda *args: woken.append(args) or wake(*args)
+    )
+
+    def work(number: int) -> int:
+        ended.release()
+        return number
+
+    for round in range(1, 4):
+        calls = [asyncio.ensure_future(pool.call(functools.partial(work, n))) for n in range(20)]
+        await asyncio.sleep(0)  # they are submitted
+        for _ in calls:
+            assert ended.acquire(timeout=DEADLINE_S)  # the loop stands still
+        assert await asyncio.gather(*calls) == list(range(20))
+        assert len(woken) <= 5 * round, "more than once only for the last work of each thread"
+
+
+def test_result_for_a_loop_that_is_closed_is_dropped() -> None:
+    pool, work = ThreadPool(4, "test"), Blocking()
+
+    async def leave() -> None:
+        for _ in range(2):
+            work.call(pool, None)
+        while len(work.began) < 2:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(leave())
+    work.release.set()
+    limit = time.monotonic() + DEADLINE_S
+    while (pool._shares or pool._ended) and time.monotonic() < limit:
+        time.sleep(0.001)
+    assert not pool._shares and not pool._ended
+    assert asyncio.run(pool.call(lambda: 5)) == 5
+
+
 class Blocking:
     """Work that holds its thread until it is released."""
 
