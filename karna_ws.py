@@ -262,6 +262,7 @@ class WebSocketManager(EndpointHub):
         # What the fast lane may run, unless a program decides about each line or call itself.
         ours = (CommandProcessor.prepare, CommandProcessor.call_inline)
         is_ours = all(_function_of(getattr(self.commands, one.__name__)) is one for one in ours)
+        # Who starts calls in a way of its own may count on a Context.
         start_call = _function_of(self.commands.start_call)
         self.gives_contexts = start_call is not CommandProcessor.start_call
         self.traces = trace.is_wanted()
