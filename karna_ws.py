@@ -667,10 +667,8 @@ def upgrade(manager: WebSocketManager, exchange: Exchange) -> None:
     if may_come_in:
         manager.seat(connection)
     (_open_socket_io if is_engine else _open_raw)(manager, exchange, handshake)
-    connection.flush()
     if exchange.rest:
         connection.take(exchange.rest)
-        connection.flush()
 
 
 def _open_raw(manager: WebSocketManager, exchange: Exchange, handshake: bytes) -> None:

@@ -238,12 +238,13 @@ class Connection(Sender):
             return self._read_late(data)
         if self._tail is not None:
             self._tail += data
-            if len(self._tail) < self._need:
+            if len(self._tail) < self._need or self._holds:
                 return
             data, self._tail = bytes(self._tail), None
         if self.phase is _OPEN:
             self.take(data)
-        elif self.phase is Phase.HTTP:
+        elif self.phase is Phase.HTTP and not self._holds & HOLD_CLOSED:
+            self.is_queueing = True
             self.door.take(data)
 
     def wait_for_turn(self) -> None:
@@ -492,7 +493,8 @@ class Connection(Sender):
             self._send_library_data()
 
     def close_http(self, answer_bytes: int, *, has_ended: bool) -> None:
-        """The last answer is written: close once the peer, if it has not, had time to read it."""
+        """The last answer is sent: close once the peer, if it has not, had time to read it."""
+        self.flush()
         self.phase = Phase.CLOSING
         linger_s = LINGER_S + answer_bytes / SLOWEST_READER_BYTES_S
         self.deadline = self.loop.time() + linger_s

@@ -122,7 +122,7 @@ class Exchange(Door):
         if head.body_bytes > limit:
             raise body_too_large(limit)
         if head.expects_continue and (head.is_chunked or len(self._rest) < head.body_bytes):
-            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.connection.send_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._handler = handler
         self._chunks = ChunkedBody(limit) if head.is_chunked else None
         self._take_body(self._rest)
@@ -204,7 +204,7 @@ class Exchange(Door):
         self._decide_on_next()
         head = self._encode_head(status, len(body), content_type, headers or {})
         request = getattr(self, "head", None)
-        connection.write(head if request and request.method == "HEAD" else head + body)
+        connection.send_bytes(head if request and request.method == "HEAD" else head + body)
         if connection.hub.traces:
             responded(connection, request, status)
         self._finish(len(body))
@@ -252,13 +252,13 @@ class Exchange(Door):
             connection.hub.drop(connection.name, "slow")
             connection.abort()
         elif self._is_open:
-            connection.write(self._framed(_event(data)))
+            connection.send_bytes(self._framed(_event(data)))
 
     def end_stream(self, data: bytes) -> None:
         """Send the last event of a stream that has begun."""
         if self._is_open:
             piece = self._framed(_event(data))
-            self.connection.write(piece if self.head.is_http_1_0 else piece + b"0\r\n\r\n")
+            self.connection.send_bytes(piece if self.head.is_http_1_0 else piece + b"0\r\n\r\n")
             self.is_last = self.is_last or self.connection.hub.is_draining
             self._finish(len(data))
 
@@ -352,7 +352,7 @@ class Exchange(Door):
             return self._keep_alive(now)
         if self._stage is Stage.ANSWERING:  # the peer has ended its side: is it there at all?
             connection.deadline = now + PROBE_S
-            return connection.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            return connection.send_bytes(b"HTTP/1.1 102 Processing\r\n\r\n")
         if self._stage is Stage.HEAD and not connection.has_kept:
             if self._is_first:  # it never said a word
                 connection.hub.metrics.refusals["timeout"] += 1
@@ -365,7 +365,7 @@ class Exchange(Door):
         """Show by a comment that we live; who takes nothing between two of them is dropped."""
         connection = self.connection
         if connection.is_writable:
-            connection.write(self._framed(b":\n\n"))
+            connection.send_bytes(self._framed(b":\n\n"))
         elif connection.heard:
             connection.heard = False  # until it takes what waits for it
         else:

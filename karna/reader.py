@@ -11,11 +11,12 @@ import asyncio
 import os
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Protocol
 
 READ_BYTES = 64 * 1024  # taken from a socket at a time; malloc maps pages anew from 128 KiB on
+READ_AHEAD_BYTES = 256 * 1024  # of all sockets together, before any of it is handled
 MAX_READS = 128  # sockets looked at before the loop has another look at its timers
 TURN_S = 0.002  # then the loop looks at everything else: HTTP, timers, sockets in handshake
 FLUSH_BYTES = 4096  # what is longer does not wait for others
@@ -74,16 +75,36 @@ class Readable(Protocol):
     def flush(self) -> None:
         """Write the queued answers."""
 
+    def unqueue(self) -> bytes:
+        """The queued answers, in one piece, for the caller to write."""
+
+    def write(self, data: bytes) -> None:
+        """Write this, whatever is queued."""
+
     def abort(self) -> None:
         """Cut the connection."""
+
+
+def flush_all(connections: Iterable[Readable]) -> None:
+    """Write what each has queued: first the Python of all, then the system calls of all.
+
+    A processor that alternates finds neither in its caches: a tenth of a request.
+    """
+    leaving = []
+    for connection in connections:
+        frames = connection.unqueue()
+        if frames:
+            leaving.append((connection, frames))
+    for connection, frames in leaving:
+        connection.write(frames)
 
 
 class EpollReader:
     """Reads all sockets of a server in one callback of the loop.
 
     The loop watches one epoll of ours in place of every socket: a read costs no Handle, no Context
-    and none of asyncio's four calls. Answers leave when all that is ready has been read: peers
-    that the first one wakes are awake for the rest, and waking was a fifth of a write's cost.
+    and none of asyncio's four calls. A turn reads what is ready, handles it, and then writes all
+    answers: `flush_all` says why, and peers that the first one wakes are awake for the rest.
 
     count: told how many bytes were read; failed: told what a connection raised.
     """
@@ -97,10 +118,11 @@ class EpollReader:
         self._failed = failed
         self._connections: dict[int, Readable] = {}
         self._waiting: dict[int, int] = {}  # what is to be read without a new event: its last one
+        self._arrived: deque[tuple[Readable, bytes]] = deque()  # read, and to be handled
         self._is_scheduled = False
         self._epoll = select.epoll()
         self._events = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
-        loop.add_reader(self._epoll.fileno(), self._read)
+        loop.add_reader(self._epoll.fileno(), self._have_turn)
 
     def trust_edges(self) -> None:
         """Look at a socket that was read empty only when more arrives.
@@ -116,69 +138,89 @@ class EpollReader:
 
     def remove(self, connection: Readable) -> None:
         """Read it no more; what arrives stays in its socket."""
-        if self._connections.get(connection.fd) is connection:
+        if self._is_read(connection):
             del self._connections[connection.fd]
             self._waiting.pop(connection.fd, None)
             self._epoll.unregister(connection.fd)
+
+    def _is_read(self, connection: Readable) -> bool:
+        return self._connections.get(connection.fd) is connection
 
     def close(self) -> None:
         """Read nothing any more."""
         self._connections.clear()
         self._waiting.clear()
+        self._arrived.clear()
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    def _read_waiting(self) -> None:
+    def _have_next_turn(self) -> None:
         self._is_scheduled = False
         if not self._epoll.closed:
-            self._read()
+            self._have_turn()
+
+    def _have_turn(self) -> None:
+        handled: list[Readable] = []
+        try:
+            if not self._arrived:
+                self._read()
+            self._handle(handled)
+        except KeyboardInterrupt:  # the loop ends; should it go on, all are looked at again
+            self._waiting = dict.fromkeys(self._connections, self._events)
+            raise
+        finally:
+            flush_all(handled)
+            if (self._waiting or self._arrived) and not self._is_scheduled:
+                self._is_scheduled = True
+                self._loop.call_soon(self._have_next_turn)
 
     def _read(self) -> None:
-        connections, read, only_data = self._connections, os.read, select.EPOLLIN
+        """Read from each socket that is ready, but not without end."""
         ready = self._epoll.poll(0, MAX_READS)
         if self._waiting:
             waiting, self._waiting = self._waiting, {}
             for fd, events in ready:
                 waiting[fd] = waiting.get(fd, 0) | events
             ready = list(waiting.items())
-        answered: list[Readable] = []
+        connections, read, only_data = self._connections, os.read, select.EPOLLIN
         received = 0
-        until = perf_counter() + TURN_S
         in_turn = iter(ready)
-        try:
-            for fd, events in in_turn:
-                connection = connections.get(fd)
-                if connection is None:
-                    continue  # one that was read before it has ended it
-                try:
-                    data = read(fd, READ_BYTES)
-                except BlockingIOError:
-                    continue
-                except OSError:  # the peer is gone
-                    connection.abort()
-                    continue
-                answered.append(connection)
-                size = len(data)
-                received += size
-                try:
-                    connection.take(data) if data else connection.take_end()
-                except KeyboardInterrupt:  # the loop ends; should it go on, all are looked at again
-                    self._waiting = dict.fromkeys(connections, self._events)
-                    raise
-                except BaseException as exc:  # a bug ends this client, not the others
-                    self._failed(connection, exc)
-                    connection.abort()
-                if size > FLUSH_BYTES:
-                    connection.flush()
-                if (events != only_data or size == READ_BYTES) and fd in connections:
-                    self._waiting[fd] = events
-                if perf_counter() > until:
-                    break
-        finally:
-            self._waiting = {**dict(in_turn), **self._waiting}
-            self._count(received)
-            for connection in answered:
+        for fd, events in in_turn:
+            connection = connections[fd]
+            try:
+                data = read(fd, READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:  # the peer is gone
+                connection.abort()
+                continue
+            self._arrived.append((connection, data))
+            size = len(data)
+            received += size
+            if events != only_data or size == READ_BYTES:
+                self._waiting[fd] = events
+            if received > READ_AHEAD_BYTES:
+                break
+        self._waiting = {**dict(in_turn), **self._waiting}
+        self._count(received)
+
+    def _handle(self, handled: list[Readable]) -> None:
+        """Handle what has arrived, until the turn has lasted long enough."""
+        arrived, until = self._arrived, perf_counter() + TURN_S
+        while arrived:
+            connection, data = arrived.popleft()
+            handled.append(connection)
+            try:
+                if data:
+                    connection.take(data)
+                elif self._is_read(connection):  # else it is held, and its end is read again
+                    connection.take_end()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as exc:  # a bug ends this client, not the others
+                self._failed(connection, exc)
+                connection.abort()
+            if len(data) > FLUSH_BYTES:
                 connection.flush()
-            if self._waiting and not self._is_scheduled:
-                self._is_scheduled = True
-                self._loop.call_soon(self._read_waiting)
+            if perf_counter() > until:
+                break

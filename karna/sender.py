@@ -152,20 +152,35 @@ class Sender(asyncio.Protocol):
             self._drained.set_result(None)
             self._drained = None
 
+    def send_bytes(self, data: bytes) -> None:
+        """Send what is no frame, behind the other answers of this read."""
+        self._queue.append(data)
+        if not self.is_queueing or len(data) > FLUSH_BYTES:
+            self.flush()
+
     def flush(self) -> None:
         """Write what is queued, in one piece."""
+        data = self.unqueue()
+        if data:
+            self.write(data)
+
+    def unqueue(self) -> bytes:
+        """What is queued, in one piece, and counted: for the caller to write."""
         self.is_queueing = False
-        queue, hub = self._queue, self.hub
+        queue = self._queue
         count = len(queue)
+        if not count:
+            return b""
         if count == 1:
-            frames = queue.pop()
-        elif count:
-            frames = b"".join(queue)
+            data = queue.pop()
+        else:
+            data = b"".join(queue)
             queue.clear()
-        if count and self.phase is _OPEN:
-            hub.messages_out += count
-            hub.bytes_out += len(frames)
-            self.write(frames)
+        if self.phase is _OPEN:
+            self.hub.messages_out += count
+            self.hub.bytes_out += len(data)
+            return data
+        return data if self.phase is Phase.HTTP else b""
 
 
 def write_all(connections: Iterable[Sender], frames: bytes) -> None:

@@ -442,5 +442,4 @@ def refuse_old_client(session: SocketIoSession) -> None:
     handshake = {"sid": session.sid, "upgrades": [], "pingInterval": 25000, "pingTimeout": 20000}
     for packet in (b"0" + dumps(handshake), b"40", b"44/ws," + text, b"44" + text):
         session.connection.send_frame(frame_text(packet))
-    session.connection.flush()
     session.connection.close(CloseCode.POLICY_VIOLATION, "Engine.IO protocol 4 is needed")
