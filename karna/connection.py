@@ -93,7 +93,7 @@ class Connection(Sender):
     @property
     def is_dispensable(self) -> bool:
         """May it give way to a newcomer, if it has not been let in?"""
-        return self.phase is not Phase.HTTP or self.door.is_idle
+        return self.phase is not Phase.HTTP or (self.door.is_idle and not self._queue)
 
     # What asyncio calls.
 
@@ -238,7 +238,7 @@ class Connection(Sender):
             return self._read_late(data)
         if self._tail is not None:
             self._tail += data
-            if len(self._tail) < self._need or self._holds:
+            if len(self._tail) < self._need:
                 return
             data, self._tail = bytes(self._tail), None
         if self.phase is _OPEN:
@@ -444,7 +444,8 @@ class Connection(Sender):
         """Handle what was kept while the client was held."""
         if self._tail is not None and not self._holds and self.phase in (Phase.OPEN, Phase.HTTP):
             try:
-                self.data_received(b"")
+                self.take(b"")
+                self.hub.outbox.add(self)
             except FAULTS as exc:
                 self.hub.log_error(f"{self.name} failed", exc)
                 self.abort()

@@ -17,7 +17,7 @@ from karna.config import Config
 from karna.errors import StartError, explain
 from karna.log import LogGate
 from karna.metrics import Metrics
-from karna.reader import EpollReader, Readable, Turns
+from karna.reader import EpollReader, Outbox, Readable, Turns
 from karna.work import Tasks
 
 PENDING_CONNECTIONS = 128  # sockets in handshake or HTTP beyond max_clients; the oldest give way
@@ -49,6 +49,7 @@ class Hub:
 
     reader: EpollReader | None  # where the system has epoll
     turns: Turns  # while it serves
+    outbox: Outbox  # the same
 
     def __init__(self) -> None:
         self.connections: set[Any] = set()  # of Swept; each room knows them by what it needs
@@ -79,6 +80,7 @@ class Hub:
         """Serve, on the loop that runs. Raises StartError where sockets can't be watched."""
         loop = asyncio.get_running_loop()
         self.turns = Turns(loop)
+        self.outbox = Outbox(loop)
         if hasattr(select, "epoll"):  # elsewhere asyncio's transports read
             try:
                 self.reader = EpollReader(loop, self._count_bytes_in, self._reading_failed)

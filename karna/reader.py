@@ -1,8 +1,8 @@
 """One epoll for all sockets, and fairness between them.
 
 A turn of the loop serves everybody, so it belongs to nobody: whoever has more to do than one turn
-allows goes on when the others had theirs. Imports nothing of ours; `hub` owns the two objects,
-`connection` uses them.
+allows goes on when the others had theirs. What a turn does for all it does at once, system calls
+with system calls. Imports nothing of ours; `hub` owns the objects, `connection` uses them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,18 @@ class Turns:
             self._breathe_at = perf_counter() + TURN_S
 
 
-class Readable(Protocol):
-    """What the reader needs of a connection."""
+class Writable(Protocol):
+    """What is needed of a connection to write its answers with those of others."""
+
+    def unqueue(self) -> bytes:
+        """The queued answers, in one piece, for the caller to write."""
+
+    def write(self, data: bytes) -> None:
+        """Write this, whatever is queued."""
+
+
+class Readable(Writable, Protocol):
+    """What the reader needs of a connection besides."""
 
     @property
     def fd(self) -> int:
@@ -75,17 +85,11 @@ class Readable(Protocol):
     def flush(self) -> None:
         """Write the queued answers."""
 
-    def unqueue(self) -> bytes:
-        """The queued answers, in one piece, for the caller to write."""
-
-    def write(self, data: bytes) -> None:
-        """Write this, whatever is queued."""
-
     def abort(self) -> None:
         """Cut the connection."""
 
 
-def flush_all(connections: Iterable[Readable]) -> None:
+def flush_all(connections: Iterable[Writable]) -> None:
     """Write what each has queued: first the Python of all, then the system calls of all.
 
     A processor that alternates finds neither in its caches: a tenth of a request.
@@ -97,6 +101,24 @@ def flush_all(connections: Iterable[Readable]) -> None:
             leaving.append((connection, frames))
     for connection, frames in leaving:
         connection.write(frames)
+
+
+class Outbox:
+    """What connections queue outside a read, for one turn of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._connections: list[Writable] = []
+
+    def add(self, connection: Writable) -> None:
+        """Write, in the next turn, what this one has queued by then."""
+        if not self._connections:
+            self._loop.call_soon(self._flush)
+        self._connections.append(connection)
+
+    def _flush(self) -> None:
+        connections, self._connections = self._connections, []
+        flush_all(connections)
 
 
 class EpollReader:

@@ -87,7 +87,7 @@ class Sender(asyncio.Protocol):
             return self._drop_slow()
         if not self.is_queueing:
             self.is_queueing = True
-            self.loop.call_soon(self.flush)
+            self.hub.outbox.add(self)
         self._queue.append(frame)
         if is_delivery:
             self.hub.messages_out -= 1  # the flush will count it, and so do deliveries

@@ -149,6 +149,7 @@ class Server:
                 connection.abort()  # it is still in its TLS handshake
                 continue
             connection.close(CloseCode.SERVICE_RESTART, "service restart")
+            connection.flush()
             if connection.phase is Phase.HTTP and connection.door.is_idle:
                 connection.abort()  # it has asked for nothing
         limit_s = min(self.config.close_timeout_s, SHUTDOWN_CLOSE_S)

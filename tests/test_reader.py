@@ -181,6 +181,49 @@ async def test_idle_server_with_closed_and_half_closed_peers_rests() -> None:
             assert await turns_in_a_while() < 50
 
 
+def newest(manager: WebSocketManager) -> Any:
+    """The connection that was accepted last."""
+    return max(manager.connections, key=lambda connection: int(connection.name[1:]))
+
+
+@pytest.mark.parametrize("door", ["raw", "http"])
+async def test_connection_that_another_cuts_is_not_served_any_more(door: str) -> None:
+    manager = WebSocketManager()
+    marked: list[int] = []
+    async with (
+        served(manager) as server,
+        raw(server.port) as cutting,
+        (raw if door == "raw" else dial)(server.port) as other,
+    ):
+        await until(lambda: len(manager.connections) == 2)
+        manager.commands.command(inline=True, name="cut")(newest(manager).abort)
+        manager.commands.command(inline=True, name="mark")(lambda: marked.append(1))
+        # Both are written before the server reads any of them.
+        cutting.writer.write(frame(1, json.dumps(execute("cut")).encode()))
+        if door == "raw":
+            other.writer.write(frame(1, json.dumps(execute("mark")).encode()))
+        else:
+            other.writer.write(post("/api/execute_command", {"command": "mark"}))
+        assert (await cutting.json())["type"] == "command_response"
+        await other.reader.read()
+    assert not marked
+
+
+async def test_end_of_a_peer_that_another_holds_is_seen_later() -> None:
+    manager = WebSocketManager()
+    async with served(manager) as server, raw(server.port) as holding, raw(server.port) as other:
+        await other.sync()
+        held = newest(manager)
+        manager.commands.command(inline=True, name="hold")(lambda: held.hold(HOLD_CALLS))
+        holding.writer.write(frame(1, json.dumps(execute("hold")).encode()))
+        other.writer.write_eof()
+        assert (await holding.json())["type"] == "command_response"
+        await holding.sync()
+        assert len(manager.raw) == 2
+        held.release(HOLD_CALLS)
+        await until(lambda: len(manager.raw) == 1)
+
+
 needs_epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is no epoll")
 
 
@@ -292,10 +335,11 @@ async def test_connections_that_send_thousands_take_turns_with_each_other() -> N
 
 
 @needs_epoll
-async def test_reader_that_has_had_its_time_goes_on_in_the_next_turn(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("limit", ["TURN_S", "READ_AHEAD_BYTES"])
+async def test_reader_that_has_had_its_share_goes_on_in_the_next_turn(
+    monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr("karna.reader.TURN_S", -1.0)  # one socket, and its time is over
+    monkeypatch.setattr(f"karna.reader.{limit}", -1)  # one socket, and its share is over
     manager = WebSocketManager()
     turns, served_in = 0, []
 

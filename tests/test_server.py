@@ -539,3 +539,16 @@ async def test_deadline_that_fails_ends_its_own_client_alone(
     ):  # fmt: skip
         pings = await asyncio.gather(first.at_end(), second.at_end())
         assert sorted(pings) == [False, True], "one was cut, the other got its ping"
+
+
+async def test_answer_that_waits_to_be_written_is_written_before_the_end() -> None:
+    manager = WebSocketManager()
+    async with served(manager) as server, dial(server.port) as peer:
+        await peer.send(head("GET", "/health", {"Connection": None}))
+        assert (await peer.answer()).status == 200
+        [connection] = manager.connections
+        connection.is_queueing = True  # as while what it has sent is handled
+        connection.send_bytes(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nquick")
+        assert not connection.is_dispensable, "nor does it give way to another"
+        await server.close()
+        assert (await peer.answer()).body == b"quick"
