@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Protocol
 
 READ_BYTES = 64 * 1024  # taken from a socket at a time; malloc maps pages anew from 128 KiB on
-READ_AHEAD_BYTES = 256 * 1024  # of all sockets together, before any of it is handled
+READ_AHEAD_BYTES = 2 * READ_BYTES  # of all sockets together, before any of it is handled
 MAX_READS = 128  # sockets looked at before the loop has another look at its timers
 TURN_S = 0.002  # then the loop looks at everything else: HTTP, timers, sockets in handshake
 FLUSH_BYTES = 4096  # what is longer does not wait for others
@@ -139,7 +139,9 @@ class EpollReader:
         self._count = count
         self._failed = failed
         self._connections: dict[int, Readable] = {}
-        self._waiting: dict[int, int] = {}  # what is to be read without a new event: its last one
+        # What is to be read without a new event, by descriptor: its last ones.
+        self._unread: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}  # for it has had a turn, and has more
         self._arrived: deque[tuple[Readable, bytes]] = deque()  # read, and to be handled
         self._is_scheduled = False
         self._epoll = select.epoll()
@@ -163,6 +165,7 @@ class EpollReader:
         if self._is_read(connection):
             del self._connections[connection.fd]
             self._waiting.pop(connection.fd, None)
+            self._unread.pop(connection.fd, None)
             self._epoll.unregister(connection.fd)
 
     def _is_read(self, connection: Readable) -> bool:
@@ -172,6 +175,7 @@ class EpollReader:
         """Read nothing any more."""
         self._connections.clear()
         self._waiting.clear()
+        self._unread.clear()
         self._arrived.clear()
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
@@ -182,28 +186,36 @@ class EpollReader:
             self._have_turn()
 
     def _have_turn(self) -> None:
-        handled: list[Readable] = []
+        """First who has something new, then one of those who have had a turn and have more."""
         try:
             if not self._arrived:
-                self._read()
-            self._handle(handled)
+                self._read(self._look())
+            self._handle()
+            if self._waiting and not self._arrived:
+                fd = next(iter(self._waiting))
+                self._read([(fd, self._waiting.pop(fd))])
+                self._handle()
         except KeyboardInterrupt:  # the loop ends; should it go on, all are looked at again
-            self._waiting = dict.fromkeys(self._connections, self._events)
+            self._unread = dict.fromkeys(self._connections, self._events)
             raise
         finally:
-            flush_all(handled)
-            if (self._waiting or self._arrived) and not self._is_scheduled:
+            if (self._arrived or self._unread or self._waiting) and not self._is_scheduled:
                 self._is_scheduled = True
                 self._loop.call_soon(self._have_next_turn)
 
-    def _read(self) -> None:
-        """Read from each socket that is ready, but not without end."""
+    def _look(self) -> Iterable[tuple[int, int]]:
+        """Descriptors that are ready, with their events, but for those that wait."""
         ready = self._epoll.poll(0, MAX_READS)
-        if self._waiting:
-            waiting, self._waiting = self._waiting, {}
-            for fd, events in ready:
-                waiting[fd] = waiting.get(fd, 0) | events
-            ready = list(waiting.items())
+        if not self._unread and not self._waiting:
+            return ready
+        fresh, self._unread = self._unread, {}
+        for fd, events in ready:
+            group = self._waiting if fd in self._waiting else fresh
+            group[fd] = group.get(fd, 0) | events
+        return fresh.items()
+
+    def _read(self, ready: Iterable[tuple[int, int]]) -> None:
+        """Read from each of these sockets, but not without end."""
         connections, read, only_data = self._connections, os.read, select.EPOLLIN
         received = 0
         in_turn = iter(ready)
@@ -219,30 +231,36 @@ class EpollReader:
             self._arrived.append((connection, data))
             size = len(data)
             received += size
-            if events != only_data or size == READ_BYTES:
+            if size == READ_BYTES:
                 self._waiting[fd] = events
-            if received > READ_AHEAD_BYTES:
+            elif events != only_data:
+                self._unread[fd] = events
+            if received >= READ_AHEAD_BYTES:
                 break
-        self._waiting = {**dict(in_turn), **self._waiting}
+        self._unread.update(in_turn)
         self._count(received)
 
-    def _handle(self, handled: list[Readable]) -> None:
-        """Handle what has arrived, until the turn has lasted long enough."""
+    def _handle(self) -> None:
+        """Handle what has arrived, for as long as a turn may take, and write the answers."""
         arrived, until = self._arrived, perf_counter() + TURN_S
-        while arrived:
-            connection, data = arrived.popleft()
-            handled.append(connection)
-            try:
-                if data:
-                    connection.take(data)
-                elif self._is_read(connection):  # else it is held, and its end is read again
-                    connection.take_end()
-            except KeyboardInterrupt:
-                raise
-            except BaseException as exc:  # a bug ends this client, not the others
-                self._failed(connection, exc)
-                connection.abort()
-            if len(data) > FLUSH_BYTES:
-                connection.flush()
-            if perf_counter() > until:
-                break
+        handled = []
+        try:
+            while arrived:
+                connection, data = arrived.popleft()
+                handled.append(connection)
+                try:
+                    if data:
+                        connection.take(data)
+                    elif self._is_read(connection):  # else it is held, and its end is read again
+                        connection.take_end()
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as exc:  # a bug ends this client, not the others
+                    self._failed(connection, exc)
+                    connection.abort()
+                if len(data) > FLUSH_BYTES:
+                    connection.flush()
+                if perf_counter() > until:
+                    break
+        finally:
+            flush_all(handled)

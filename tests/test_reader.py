@@ -17,7 +17,7 @@ import pytest
 
 from karna.door import HOLD_CALLS
 from karna.errors import StartError
-from karna.reader import Turns
+from karna.reader import READ_BYTES, Turns
 from karna_ws import Client, WebSocketManager, serving
 from services import Context, Service
 from support import execute, served, turns_in_a_while, until
@@ -228,7 +228,39 @@ needs_epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is 
 
 
 @needs_epoll
-@pytest.mark.parametrize("how", ["close", "eof", "reset", "cut", "lost", "held"])
+def test_loop_that_is_interrupted_and_goes_on_has_forgotten_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, count = os.read, 0
+
+    def interrupted(fd: int, size: int) -> bytes:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return read(fd, size)
+
+    async def begin() -> list[Any]:
+        server = await stack.enter_async_context(served())
+        return [await stack.enter_async_context(raw(server.port)) for _ in range(6)]
+
+    async def ids_of_answers(peers: list[Any]) -> list[int]:
+        return [(await peer.json())["id"] for peer in peers]
+
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        peers = runner.run(begin())
+        for number, peer in enumerate(peers):
+            peer.writer.write(frame(1, json.dumps(execute("echo hi", number)).encode()))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "read", interrupted)
+            runner.run(asyncio.sleep(10))
+        assert runner.run(ids_of_answers(peers)) == list(range(6))
+        runner.run(stack.aclose())
+
+
+@needs_epoll
+@pytest.mark.parametrize("how", ["close", "eof", "reset", "cut", "last words", "lost", "held"])
 async def test_connection_that_is_gone_leaves_the_reader(how: str) -> None:
     manager = WebSocketManager()
     async with served(manager, close_timeout_s=0.2) as server, raw(server.port) as other:
@@ -253,13 +285,18 @@ async def test_connection_that_is_gone_leaves_the_reader(how: str) -> None:
                 peer.writer.transport.abort()
             elif how == "cut":
                 connection.abort()
+            elif how == "last words":  # cut while the end behind them is still to be read
+                manager.commands.command(inline=True, name="cut")(connection.abort)
+                peer.writer.write(frame(1, json.dumps(execute("cut")).encode()))
+                peer.writer.write_eof()
             elif how == "held":
                 connection.hold(HOLD_CALLS)
                 connection.abort()
             else:  # as asyncio does when a write of its own fails
                 connection.transport.abort()
             await until(lambda: len(manager.connections) == 1)
-        assert set(reader._connections.values()) == before and not reader._waiting
+        assert set(reader._connections.values()) == before
+        assert not (reader._arrived or reader._unread or reader._waiting)
         await other.sync()
 
 
@@ -332,6 +369,28 @@ async def test_connections_that_send_thousands_take_turns_with_each_other() -> N
         if counts[name] == 1_000:
             break
         assert max(counts.values()) - min(counts.values()) <= 4 * 32, counts
+
+
+@needs_epoll
+async def test_who_has_something_new_is_served_before_those_who_have_more() -> None:
+    manager = WebSocketManager()
+    order = Order(manager)
+    command = manager.commands.command(inline=True, name="store")
+    command(lambda data: order.names.append("stored"))
+    text = json.dumps(request("execute_command", command="store", data="x" * READ_BYTES)).encode()
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(served(manager))
+        modest = await stack.enter_async_context(raw(server.port))
+        greedy = [await stack.enter_async_context(raw(server.port)) for _ in range(16)]
+        for peer in greedy:
+            peer.writer.write(frame(1, text) * 10)  # each is more than one read
+        await modest.sync()  # all are new to the first turn
+        for _ in range(5):
+            seen = len(order.names)
+            await modest.send_json(execute("mark modest"))
+            await modest.json()
+            assert order.names.index("modest", seen) - seen <= 2, "one of the others in a turn"
+        await until(lambda: len(order.names) == 16 * 10 + 5)
 
 
 @needs_epoll
