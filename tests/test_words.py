@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import shlex
+import sys
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -58,6 +60,25 @@ def speaking(count: int) -> CommandProcessor:
     return commands
 
 
+def steps_of(work: Callable[[], Any]) -> int:
+    """How many bytecodes of Python the work takes; no machine is too slow for that."""
+    steps, tracer = 0, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal steps
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        steps += event == "opcode"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(RequestError):
+            work()
+    finally:
+        sys.settrace(tracer)
+    return steps
+
+
 def least_seconds(work: Callable[[], Any]) -> float:
     """The quickest of some runs: what the work itself takes on a machine that has other work."""
     times = []
@@ -81,13 +102,14 @@ STRANGERS = {
 
 @pytest.mark.parametrize("count", [15, 200])
 @pytest.mark.parametrize("line", STRANGERS.values(), ids=list(STRANGERS))
-def test_unknown_commands_and_interpret_take_bounded_time(line: str, count: int) -> None:
+def test_unknown_commands_and_interpret_take_bounded_work(line: str, count: int) -> None:
     commands = speaking(count)
 
     def ask() -> None:
         commands.call_inline(commands.prepare(line))
 
-    assert least_seconds(ask) < 0.0003  # about 0.1 ms; 0.6 ms and 7 ms with difflib
+    steps_of(ask)  # the index of names is made
+    assert steps_of(ask) < 12_000  # up to 5,900; with difflib up to 70 times the time
 
 
 @pytest.mark.parametrize("name", ["command-x", "command-71", "commnad-7", "comand-7"])
@@ -135,7 +157,7 @@ def test_longest_line_is_understood_or_refused_in_milliseconds(line: str) -> Non
     commands = CommandProcessor()
     commands.command(ints)
     commands.command(named)
-    assert least_seconds(lambda: commands.prepare(line)) < 0.03  # 2 to 9 ms; it was up to 380 ms
+    assert least_seconds(lambda: commands.prepare(line)) < 0.1  # 2 to 9 ms; it was up to 380 ms
 
 
 @pytest.mark.parametrize(
@@ -149,7 +171,7 @@ def test_longest_params_are_refused_in_milliseconds(line: str, params: dict[str,
     commands.command(named)
     with pytest.raises(UsageError, match="at most"):
         commands.prepare(line, params)
-    assert least_seconds(lambda: commands.prepare(line, params)) < 0.01
+    assert least_seconds(lambda: commands.prepare(line, params)) < 0.05
 
 
 @pytest.mark.parametrize("mark", ["", "'", '"', "\t"])
