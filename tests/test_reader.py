@@ -205,7 +205,8 @@ async def test_connection_that_another_cuts_is_not_served_any_more(door: str) ->
         else:
             other.writer.write(post("/api/execute_command", {"command": "mark"}))
         assert (await cutting.json())["type"] == "command_response"
-        await other.reader.read()
+        with contextlib.suppress(ConnectionError):  # as where what it sent was not even read
+            await other.reader.read()
     assert not marked
 
 
