@@ -92,8 +92,8 @@ class Readable(Writable, Protocol):
 def flush_all(connections: Iterable[Writable]) -> None:
     """Write what each has queued: first the Python of all, then the system calls of all.
 
-    A processor that goes to and fro finds neither in its caches: a fifteenth of a raw request's
-    time, a fifth of a POST's.
+    A processor that goes to and fro finds neither in its caches: up to a fifteenth of a raw
+    request's time, a fifth of a POST's.
     """
     leaving = []
     for connection in connections:
